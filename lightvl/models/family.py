@@ -1,0 +1,68 @@
+"""What a model family is: a few functions around the one decoder. A family knows nothing about requests."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from lightvl.attention.base import EncoderAttention
+
+
+@dataclass(frozen=True, slots=True)
+class ImageLayout:
+    """How one image enters the model. The one place where an image's token count is computed.
+
+    `settings` joins the image's identity: equal content under equal settings has equal features.
+    """
+
+    num_tokens: int  # prompt rows that the image takes (1 for a cross-attention image)
+    num_cross_pages: int  # real tiles, for a cross-attention family; else 0
+    width: int  # after resizing, in pixels
+    height: int
+    grid: tuple[int, ...] = ()  # family's own: Qwen2-VL (t, h, w) in patches; mllama (aspect ratio id, tiles high, wide)
+    settings: bytes = b""
+
+
+@dataclass(frozen=True, slots=True)
+class Expansion:
+    """A prompt after each image token has become `num_tokens` rows."""
+
+    token_ids: np.ndarray[Any, np.dtype[np.int64]]  # (len,)
+    image_rows: list[tuple[int, int]]  # per image: (first_row, end_row) that need it; see core.PromptImage
+    positions: np.ndarray[Any, np.dtype[np.int64]] | None = None  # (3, len) for M-RoPE
+    rope_delta: int = 0
+
+
+class Family(Protocol):
+    """Image side of a model. `plan_image`, `preprocess` and `expand` are called from worker threads and are pure;
+    `encode` runs on the lane thread in inference mode."""
+
+    name: str
+    chat_template: str | None  # name of the built-in template that fits
+    image_token_id: int | None  # None: text only
+    cross_page_len: int  # K,V rows of one cross page; 0: features replace rows
+
+    def plan_image(self, width: int, height: int, *, num_images: int) -> ImageLayout:
+        """Size after EXIF orientation; `num_images` of the prompt decides the view mode in some families. Within
+        `max_image_tokens`, which the family was built with. Raises BadRequest for sizes it cannot take."""
+        ...
+
+    def preprocess(self, rgb: np.ndarray[Any, np.dtype[np.uint8]], layout: ImageLayout) -> torch.Tensor:
+        """(height, width, 3) uint8 to the uint8 tensor that `encode` takes: resized, padded, tiled or patchified as the
+        HF PIL-backed processor does. Normalising happens in `encode`, on the device."""
+        ...
+
+    def expand(self, token_ids: Sequence[int], layouts: Sequence[ImageLayout]) -> Expansion:
+        """`token_ids` holds one image token per image, in order."""
+        ...
+
+    def encode(
+        self, pixels: torch.Tensor, layout: ImageLayout, attention: EncoderAttention
+    ) -> Iterator[torch.Tensor | None]:
+        """A generator: yields None between bounded pieces of work (a layer or so) and at last the features:
+        (num_tokens, hidden) to replace rows, or (num_cross_pages * cross_page_len, hidden) to be attended to."""
+        ...
