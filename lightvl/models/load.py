@@ -1,0 +1,242 @@
+"""Weights from a checkpoint folder into the parts of a model: each checkpoint name used or excused, each target filled
+once. Called by `model.load_model`; the parts declare beside their own parameters which names fill them.
+
+Knows nothing about layers or families: a part is a dict from names to targets, and the regular expressions that strip
+the prefixes under which checkpoints of different ages carry these names.
+
+How a tower takes part, in three lines:
+
+    part = WeightPart("vision tower", (r"(?:model\\.)?visual\\.(.+)",), module_targets(tower))
+
+`module_targets` maps parameter and buffer names one to one (built on the meta device or not); submodules that hold
+fused or packed weights (`linear.Linear`) declare their own by a `weight_targets()` method.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+from tqdm import tqdm
+
+from lightvl.errors import ConfigError
+
+LoadFormat = Literal["auto", "safetensors", "dummy"]
+
+NEVER_WEIGHTS = re.compile(r"(?:.*\.)?(?:inv_freq|position_ids|original_inv_freq)")
+"""Buffers that old checkpoints carry and that every model computes for itself."""
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """A place that one checkpoint tensor fills: `fill` gets a tensor of exactly `shape`, any floating dtype, host."""
+
+    shape: tuple[int, ...]
+    fill: Callable[[torch.Tensor], None]
+
+
+@dataclass(frozen=True, slots=True)
+class WeightPart:
+    """`patterns` match whole checkpoint names; their one group is the name inside the part. A name belongs to the part
+    when that group is one of `targets` or matches `excused` (present in some checkpoints, not needed)."""
+
+    title: str  # for error messages: "vision tower"
+    patterns: tuple[str, ...]
+    targets: dict[str, Target]
+    excused: str = r"(?!)"
+
+
+WeightMap = list[WeightPart]
+
+
+def module_targets(
+    module: nn.Module, prefix: str = "", *, dtype: torch.dtype | None = None, device: torch.device | None = None
+) -> dict[str, Target]:
+    """Targets of a plain module, named `prefix` + parameter or persistent buffer name.
+
+    Parameters on the meta device come into being when filled, as `dtype` on `device`; others are copied into.
+    Submodules with a `weight_targets()` method answer for themselves.
+    """
+    own = getattr(module, "weight_targets", None)
+    if own is not None:
+        return {prefix + name: target for name, target in own().items()}
+    targets: dict[str, Target] = {}
+    buffers = {name: value for name, value in module._buffers.items() if name not in module._non_persistent_buffers_set}
+    for name, value in {**module._parameters, **buffers}.items():
+        if value is not None:
+            targets[prefix + name] = _tensor_target(module, name, value, dtype, device)
+    for name, child in module.named_children():
+        targets.update(module_targets(child, f"{prefix}{name}.", dtype=dtype, device=device))
+    return targets
+
+
+def _tensor_target(
+    owner: nn.Module, name: str, value: torch.Tensor, dtype: torch.dtype | None, device: torch.device | None
+) -> Target:
+    def fill(tensor: torch.Tensor) -> None:
+        if not value.is_meta:
+            with torch.no_grad():
+                value.copy_(tensor)
+            return
+        # clone: the source may be a view of the mapped file, which must not outlive the loading
+        made = tensor.to(device=device, dtype=dtype or value.dtype, copy=True)
+        if isinstance(value, nn.Parameter):
+            owner._parameters[name] = nn.Parameter(made, requires_grad=False)
+        else:
+            owner._buffers[name] = made
+
+    return Target(tuple(value.shape), fill)
+
+
+class _Ledger:
+    """Which names were used and which targets are still empty."""
+
+    def __init__(self, parts: Iterable[WeightPart]) -> None:
+        self.parts = [([re.compile(p) for p in part.patterns], re.compile(part.excused), part) for part in parts]
+        self.empty = {(part.title, name) for _, _, part in self.parts for name in part.targets}
+        self.unused: list[str] = []
+
+    def place(self, name: str, read: Callable[[], torch.Tensor]) -> None:
+        hits: dict[tuple[str, str], Target | None] = {}
+        for patterns, excused, part in self.parts:
+            for pattern in patterns:
+                match = pattern.fullmatch(name)
+                if match is None:
+                    continue
+                local = match.group(1)
+                if local in part.targets:
+                    hits[part.title, local] = part.targets[local]
+                elif excused.fullmatch(local):
+                    hits[part.title, local] = None
+        if not hits:
+            if not NEVER_WEIGHTS.fullmatch(name):
+                self.unused.append(name)
+            return
+        assert len(hits) == 1, f"{name} belongs to several parts: {sorted(hits)}"
+        (key, target), *_ = hits.items()
+        if target is None:
+            return
+        if key not in self.empty:
+            raise ConfigError(f"the checkpoint gives {key[0]} weight {key[1]} twice (second time as {name})")
+        tensor = read()
+        if tuple(tensor.shape) != target.shape:
+            raise ConfigError(
+                f"{name} has shape {list(tensor.shape)} in the checkpoint, {list(target.shape)} in the model"
+            )
+        if not tensor.is_floating_point():
+            raise ConfigError(f"{name} is stored as {tensor.dtype}; quantized checkpoints are not served")
+        target.fill(tensor)
+        self.empty.remove(key)
+
+    def close(self) -> None:
+        if self.empty:
+            names = sorted(f"{name} ({title})" for title, name in self.empty)
+            raise ConfigError(f"the checkpoint lacks {_some(names)}")
+        if self.unused:
+            raise ConfigError(f"the checkpoint has weights that this model does not know: {_some(sorted(self.unused))}")
+
+
+def _some(names: list[str]) -> str:
+    return f"{', '.join(names[:3])}" + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
+def load_weights(parts: Iterable[WeightPart], checkpoint: Path, load_format: LoadFormat = "auto") -> None:
+    """Fill every target of `parts`. Raises ConfigError for missing, unknown, doubled or misshapen weights."""
+    parts = list(parts)
+    if load_format == "dummy":
+        _fill_dummy(parts)
+        return
+    ledger = _Ledger(parts)
+    files = weight_files(checkpoint)
+    num_names = sum(len(names) for _, names in files)
+    with tqdm(total=num_names, desc="Loading weights", unit="tensor", leave=False) as bar:
+        for file, names in files:
+            try:
+                with safe_open(file, framework="pt") as tensors:
+                    for name in names:
+                        ledger.place(name, lambda name=name, tensors=tensors: tensors.get_tensor(name))  # type: ignore[misc]
+                        bar.update()
+            except SafetensorError as error:
+                raise ConfigError(f"{file} cannot be read: {error}") from error
+    ledger.close()
+
+
+def weight_files(checkpoint: Path) -> list[tuple[Path, list[str]]]:
+    """The safetensors files of a folder with the names in each: by the index where there is one."""
+    index = checkpoint / "model.safetensors.index.json"
+    if index.is_file():
+        try:
+            wanted: dict[str, str] = json.loads(index.read_text())["weight_map"]
+        except (ValueError, KeyError) as error:
+            raise ConfigError(f"{index} is not a safetensors index: {error!r}") from error
+        files = [checkpoint / name for name in sorted(set(wanted.values()))]
+    else:
+        files = sorted(checkpoint.glob("*.safetensors"))
+        if not files:
+            raise ConfigError(f"{checkpoint} holds no *.safetensors weights" + _hint(checkpoint))
+    found = []
+    for file in files:
+        if not file.is_file():
+            raise ConfigError(f"{checkpoint} lacks {file.name}, which {index.name} names (an incomplete download?)")
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                found.append((file, list(tensors.keys())))
+        except SafetensorError as error:
+            raise ConfigError(f"{file} cannot be read: {error} (an incomplete download?)") from error
+    return found
+
+
+def _hint(checkpoint: Path) -> str:
+    return " (pytorch .bin files are not served; convert them)" if any(checkpoint.glob("*.bin")) else ""
+
+
+def _fill_dummy(parts: list[WeightPart], *, seed: int = 0, std: float = 0.02) -> None:
+    """Seeded random weights, norm weights near one. One block of noise is drawn and used at shifting offsets: drawing
+    every weight of a 2B model would take longer than reading a real checkpoint."""
+    block = torch.empty(1 << 22).normal_(std=std, generator=torch.Generator().manual_seed(seed))
+    targets = [item for part in parts for item in sorted(part.targets.items())]
+    offset = 0
+    for name, target in tqdm(targets, desc="Dummy weights", unit="tensor", leave=False):
+        num = torch.Size(target.shape).numel()
+        offset = (offset + 1_000_003) % len(block)
+        noise = torch.cat(list(_cycle(block, offset, num))).reshape(target.shape)
+        target.fill(noise + 1.0 if len(target.shape) == 1 and name.endswith("weight") else noise)
+
+
+def _cycle(block: torch.Tensor, offset: int, num: int) -> Iterator[torch.Tensor]:
+    while num > 0:
+        piece = block[offset : offset + num]
+        yield piece
+        num -= len(piece)
+        offset = 0
+
+
+def resolve_checkpoint(path_or_id: str) -> Path:
+    """A local folder as it is; else a hub id, downloaded (or found in the hub's cache). ConfigError when neither."""
+    local = Path(path_or_id).expanduser()
+    if local.is_dir():
+        if not (local / "config.json").is_file():
+            raise ConfigError(f"{local} has no config.json")
+        return local
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", path_or_id):
+        raise ConfigError(f"{path_or_id} is neither a folder nor a hub id (owner/name)")
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
+
+    try:
+        return Path(snapshot_download(path_or_id, ignore_patterns=["*.bin", "*.pth", "original/*", "*.gguf"]))
+    except GatedRepoError as error:
+        raise ConfigError(f"{path_or_id} is gated on the Hugging Face hub: accept its licence and log in") from error
+    except RepositoryNotFoundError as error:
+        raise ConfigError(f"{path_or_id} is not a local folder and not found on the Hugging Face hub") from error
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        raise ConfigError(
+            f"{path_or_id} is not a local folder, and the Hugging Face hub cannot be reached ({type(error).__name__})"
+        ) from error
