@@ -34,7 +34,7 @@ class Row:
     `samples`: the sequences whose next token is drawn from the logits of the last of these tokens: none inside a
     prompt, the sequence itself at the end, all choices of a request after their common prefill.
     Token indices >= `num_known` are not known to the host yet: they are the last token sampled for
-    `sequence.slot` and are read from the device.
+    `slot` and are read from the device.
     """
 
     sequence: Sequence
@@ -42,6 +42,7 @@ class Row:
     len: int
     pages: list[int]  # page i holds tokens [i * page_size, (i + 1) * page_size)
     num_known: int
+    slot: int = -1  # the sequence's slot when this was planned (the sequence may lose its own while the step runs)
     samples: tuple[Sequence, ...] = ()
     images: tuple[PromptImage, ...] = ()  # replacing images that overlap these tokens; their features are ready
     cross: tuple[CrossView, ...] = ()

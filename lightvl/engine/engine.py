@@ -1,0 +1,193 @@
+"""The loop: plan, launch, await the oldest step, commit, and again. Owns the steps in flight and what clients wait for;
+knows no HTTP and no torch. Every admitted request ends with exactly one last event, whatever stage broke."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+from collections import deque
+from collections.abc import Callable
+
+from lightvl.core import Finish, Prompt, SamplingParams, TokenLogprob
+from lightvl.engine.device import Device, StepResult
+from lightvl.engine.generation import ActiveChoice, EngineGeneration
+from lightvl.errors import LightVLError, Overloaded
+from lightvl.metrics import Metrics
+from lightvl.prompt.detokenizer import Detokenizer
+from lightvl.scheduling.plan import StepOutcome, StepPlan
+from lightvl.scheduling.scheduler import Scheduler
+from lightvl.scheduling.sequence import Sequence, SequenceState
+
+logger = logging.getLogger(__name__)
+
+MakeDetokenizer = Callable[[SamplingParams], Detokenizer]
+
+
+class Engine:
+    """Submit and abort are called on the loop; `start` runs the machine as a task of its own until `close`."""
+
+    def __init__(
+        self, scheduler: Scheduler, device: Device, make_detokenizer: MakeDetokenizer, metrics: Metrics
+    ) -> None:
+        self._scheduler = scheduler
+        self._device = device
+        self._make_detokenizer = make_detokenizer
+        self._metrics = metrics
+        self._choices: dict[Sequence, ActiveChoice] = {}
+        self._in_flight: deque[tuple[StepPlan, asyncio.Future[StepResult]]] = deque()
+        self._seq_ids = itertools.count()
+        self._work_arrived = asyncio.Event()
+        self._idle = asyncio.Event()
+        self._idle.set()
+        self._draining = False
+        self._task: asyncio.Task[None] | None = None
+
+    @property
+    def healthy(self) -> bool:
+        return self._task is not None and not self._task.done()
+
+    def start(self) -> None:
+        self._task = asyncio.create_task(self._run(), name="lightvl-engine")
+
+    async def drain(self, timeout_s: float) -> None:
+        """Refuse new requests, and wait until the running ones have ended or the time is up."""
+        self._draining = True
+        try:
+            await asyncio.wait_for(self._idle.wait(), timeout_s)
+        except TimeoutError:
+            logger.warning("%d choices were still running after %.0f s of draining", len(self._choices), timeout_s)
+
+    async def close(self) -> None:
+        self._draining = True
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.gather(self._task, return_exceptions=True)
+        self._fail_all(Overloaded("The server is shutting down."))
+        await asyncio.to_thread(self._device.close)
+
+    def submit(self, prompt: Prompt, params: SamplingParams) -> EngineGeneration:
+        """Queue `params.n` choices. Raises BadRequest when the prompt can never fit, Overloaded when draining."""
+        if self._draining or not self.healthy:
+            raise Overloaded("The server is shutting down.")
+        self._scheduler.check_fits(prompt, params)
+        generation = EngineGeneration(self._abort)
+        sequences = [Sequence(next(self._seq_ids), prompt, params, choice) for choice in range(params.n)]
+        for sequence in sequences:
+            self._choices[sequence] = generation.add(sequence, self._make_detokenizer(params))
+        self._scheduler.add(sequences)
+        self._idle.clear()
+        self._work_arrived.set()
+        return generation
+
+    async def _run(self) -> None:
+        try:
+            while True:
+                plan = self._scheduler.plan()
+                self._end_exhausted()
+                if plan is not None:
+                    self._in_flight.append((plan, self._device.submit(plan)))
+                elif self._in_flight:
+                    await self._complete_oldest()
+                elif not self._scheduler.has_work:
+                    self._work_arrived.clear()
+                    await self._work_arrived.wait()
+                else:
+                    raise RuntimeError("the scheduler has work, but neither a plan nor a step in flight")
+        except asyncio.CancelledError:
+            raise
+        except Exception:
+            logger.exception("the engine loop broke; all requests are ended")
+            self._fail_all(LightVLError("The engine failed."))
+            raise
+
+    async def _complete_oldest(self) -> None:
+        plan, pending = self._in_flight[0]
+        try:
+            result = await pending
+        except asyncio.CancelledError:
+            raise
+        except Exception as error:
+            result = StepResult(StepOutcome(failed=tuple(work.image.key for work in plan.encodes)), rows_error=error)
+            result.encode_errors = dict.fromkeys(result.outcome.failed, error)
+        self._in_flight.popleft()
+        self._scheduler.complete(plan, result.outcome)
+        self._fail_broken(plan, result)
+        for sequence, token_id, logprob in result.tokens:
+            choice = self._choices.get(sequence)  # None: it ended while the step ran; the token is dropped
+            if choice is not None:
+                self._commit(choice, token_id, logprob)
+        self._metrics.add("images_encoded", len(result.outcome.encoded))
+
+    def _commit(self, choice: ActiveChoice, token_id: int, logprob: TokenLogprob | None) -> None:
+        sequence, params = choice.sequence, choice.sequence.params
+        self._scheduler.commit_token(sequence, token_id)
+        if token_id in params.stop_token_ids:
+            choice.emit(choice.detokenizer.flush(), token_id, logprob)
+            self._finish(choice, "stop", token_id)
+            return
+        text = choice.detokenizer.push(token_id)
+        if choice.detokenizer.matched is not None:
+            choice.emit(text, token_id, logprob)
+            self._finish(choice, "stop", choice.detokenizer.matched)
+        elif len(sequence.output_ids) >= params.max_tokens:
+            choice.emit(text + choice.detokenizer.flush(), token_id, logprob)
+            self._finish(choice, "length", None)
+        else:
+            choice.emit(text, token_id, logprob)
+
+    def _finish(self, choice: ActiveChoice, reason: str, matched_stop: int | str | None) -> None:
+        sequence = choice.sequence
+        self._release(sequence)
+        choice.end(
+            Finish(
+                reason="stop" if reason == "stop" else "length",
+                matched_stop=matched_stop,
+                prompt_tokens=len(sequence.prompt),
+                completion_tokens=len(sequence.output_ids),
+                cached_tokens=sequence.num_cached,
+            )
+        )
+
+    def _end_exhausted(self) -> None:
+        for sequence in self._scheduler.take_exhausted():
+            choice = self._choices.get(sequence)
+            if choice is not None:
+                choice.emit_text(choice.detokenizer.flush())
+                self._finish(choice, "length", None)
+
+    def _fail_broken(self, plan: StepPlan, result: StepResult) -> None:
+        for image_key, error in result.encode_errors.items():
+            logger.error("encoding an image failed", exc_info=error)
+            for sequence in self._scheduler.sequences_needing(image_key):
+                self._fail(sequence, error)
+        if result.rows_error is not None:
+            logger.error("a step failed; its requests are ended", exc_info=result.rows_error)
+            for row in plan.rows:
+                for sequence in {row.sequence, *row.samples}:
+                    self._fail(sequence, result.rows_error)
+
+    def _fail(self, sequence: Sequence, error: Exception) -> None:
+        """End the whole request that the sequence belongs to."""
+        choice = self._choices.get(sequence)
+        if choice is None:
+            return
+        told = error if isinstance(error, LightVLError) else LightVLError("The model failed on this request.")
+        choice.generation.fail(told)
+
+    def _fail_all(self, error: LightVLError) -> None:
+        for choice in list(self._choices.values()):
+            choice.generation.fail(error)
+
+    def _abort(self, sequence: Sequence) -> None:
+        """A generation's way to free one of its sequences at once."""
+        if sequence in self._choices:
+            self._release(sequence)
+            self._work_arrived.set()  # others may fit now
+
+    def _release(self, sequence: Sequence) -> None:
+        del self._choices[sequence]
+        if sequence.state is not SequenceState.FINISHED:
+            self._scheduler.finish(sequence)
+        if not self._choices:
+            self._idle.set()
