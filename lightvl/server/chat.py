@@ -1,0 +1,214 @@
+"""`POST /v1/chat/completions`: wire messages to a Prompt, deltas to OpenAI's reply or its stream of chunks."""
+
+from __future__ import annotations
+
+import time
+import uuid
+from collections.abc import AsyncGenerator
+
+import msgspec
+from aiohttp import web
+
+from lightvl.core import Delta, Finish, ImagePart, Message, Role, SamplingParams, TextPart, TokenLogprob
+from lightvl.errors import BadRequest, NotFound
+from lightvl.server import sse
+from lightvl.server.body import read_body, refuse_unserved
+from lightvl.server.params import fit, positive, sampling_params, top_logprobs
+from lightvl.server.run import Run
+from lightvl.server.schema import (
+    UNSERVED_CHAT,
+    UNSERVED_MESSAGE,
+    ChatChoice,
+    ChatCompletion,
+    ChatMessage,
+    ChatRequest,
+    ChoiceLogprobs,
+    ImageContent,
+    ReplyMessage,
+    TextContent,
+    TokenLogprobEntry,
+    TopLogprob,
+    Usage,
+)
+from lightvl.server.service import Context, PromptBuilder
+
+_ROLES: dict[str, Role] = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
+_LEAST_LOGPROB = -9999.0
+"""OpenAI's stand-in for minus infinity, which JSON has no word for."""
+
+_encode = msgspec.json.Encoder().encode
+
+
+async def chat_completions(context: Context, request: web.Request) -> web.StreamResponse:
+    wire = await read_body(request, ChatRequest)
+    started = time.monotonic()
+    params = _check(context, wire)
+    messages = _messages(wire.messages)
+    continues = bool(wire.continue_final_message)
+    if continues and messages[-1].role != "assistant":
+        raise BadRequest(
+            "'continue_final_message' needs a last message of the assistant.", param="continue_final_message"
+        )
+    service = context.service
+    prompt = await service.prompts.build_chat(
+        messages, add_generation_prompt=not continues, continue_final_message=continues
+    )
+    params = fit(params, len(prompt), service.info.context_len, "messages")
+    completion_id = "chatcmpl-" + uuid.uuid4().hex
+    with Run(context, completion_id, prompt, params, started=started) as run:
+        if not wire.stream:
+            return await _whole(run, service.info.served_name)
+        with_usage = wire.stream_options is not None and bool(wire.stream_options.include_usage)
+        return await sse.stream(request, _chunks(run, service.info.served_name, with_usage))
+
+
+def _check(context: Context, wire: ChatRequest) -> SamplingParams:
+    """All that can be wrong with the request but for its messages."""
+    info = context.service.info
+    if not info.answers_to(wire.model):
+        raise NotFound(f"The model '{wire.model}' does not exist.", param="model", code="model_not_found")
+    refuse_unserved(wire, UNSERVED_CHAT)
+    if wire.stream_options is not None and not wire.stream:
+        raise BadRequest("'stream_options' is only allowed when 'stream' is true.", param="stream_options")
+    old, new = positive(wire.max_tokens, "max_tokens"), positive(wire.max_completion_tokens, "max_completion_tokens")
+    if old is not None and new is not None and old != new:
+        raise BadRequest(
+            f"'max_tokens' ({old}) and 'max_completion_tokens' ({new}) differ; set only one of them.",
+            param="max_tokens",
+        )
+    return sampling_params(
+        wire,
+        max_tokens=old if new is None else new,
+        top_logprobs=top_logprobs(wire.logprobs, wire.top_logprobs, "logprobs", "top_logprobs"),
+        defaults=info.sampling_defaults,
+        prompts=context.service.prompts,
+        seeds=context.seeds,
+    )
+
+
+def _messages(wire: list[ChatMessage]) -> list[Message]:
+    if not wire:
+        raise BadRequest("'messages' must hold at least one message.", param="messages", code="empty_array")
+    return [_message(message, f"messages[{i}]") for i, message in enumerate(wire)]
+
+
+def _message(wire: ChatMessage, path: str) -> Message:
+    role = _ROLES.get(wire.role)
+    if role is None:
+        raise BadRequest(
+            f"Invalid value for '{path}.role': '{wire.role}' is not supported; use one of {', '.join(_ROLES)}.",
+            param=f"{path}.role",
+            code="unsupported_value",
+        )
+    refuse_unserved(wire, UNSERVED_MESSAGE, f"{path}.")
+    if isinstance(wire.content, str):
+        return Message(role, (TextPart(wire.content),))
+    if wire.content is None:
+        if role != "assistant":
+            raise BadRequest(f"'{path}.content' must be a text or a list of parts.", param=f"{path}.content")
+        return Message(role, ())
+    return Message(role, tuple(_part(part, f"{path}.content[{i}]") for i, part in enumerate(wire.content)))
+
+
+def _part(wire: TextContent | ImageContent, path: str) -> TextPart | ImagePart:
+    if isinstance(wire, TextContent):
+        return TextPart(wire.text)
+    if wire.image_url.detail not in (None, "auto"):
+        param = f"{path}.image_url.detail"
+        raise BadRequest(
+            f"'{param}' is not supported by this server with this value; use 'auto' or leave it out.",
+            param=param,
+            code="unsupported_parameter",
+        )
+    return ImagePart(wire.image_url.url, f"{path}.image_url.url")
+
+
+async def _whole(run: Run, model: str) -> web.Response:
+    texts: list[list[str]] = [[] for _ in range(run.params.n)]
+    logprobs: list[list[TokenLogprob]] = [[] for _ in range(run.params.n)]
+    async for delta in run.generation:
+        run.note(delta)
+        texts[delta.choice].append(delta.text)
+        logprobs[delta.choice] += delta.logprobs
+    prompts = run.context.service.prompts
+    choices = [
+        ChatChoice(
+            index=choice,
+            message=ReplyMessage("".join(texts[choice])),
+            logprobs=_choice_logprobs(prompts, logprobs[choice]) if run.params.top_logprobs is not None else None,
+            finish_reason=run.finishes[choice].reason,
+            matched_stop=run.finishes[choice].matched_stop,
+        )
+        for choice in range(run.params.n)
+    ]
+    reply = ChatCompletion(run.request_id, int(time.time()), model, choices, run.usage())
+    return web.Response(body=_encode(reply), content_type="application/json", charset="utf-8")
+
+
+async def _chunks(run: Run, model: str, with_usage: bool) -> AsyncGenerator[bytes, None]:
+    template = ChunkTemplate(run.request_id, model, with_usage)
+    prompts = run.context.service.prompts
+    yield b"".join(template.role(choice) for choice in range(run.params.n))
+    async for delta in run.generation:
+        run.note(delta)
+        if data := _delta_chunks(template, prompts, delta):
+            yield data
+    if with_usage:
+        yield template.usage(run.usage())
+
+
+def _delta_chunks(template: ChunkTemplate, prompts: PromptBuilder, delta: Delta) -> bytes:
+    """One write for all that a delta tells; nothing for tokens whose text is still held back."""
+    logprobs = _encode(_choice_logprobs(prompts, delta.logprobs)) if delta.logprobs else b"null"
+    data = template.text(delta.choice, delta.text, logprobs) if delta.text or delta.logprobs else b""
+    return data if delta.finish is None else data + template.finish(delta.choice, delta.finish)
+
+
+class ChunkTemplate:
+    """The chunks of one stream, put together from bytes: only text, logprobs and the end are encoded each time."""
+
+    def __init__(self, completion_id: str, model: str, with_usage: bool) -> None:
+        head = {"id": completion_id, "object": "chat.completion.chunk", "created": int(time.time()), "model": model}
+        self._head = _encode(head)[:-1] + b',"choices":['
+        self._tail = b'],"usage":null}' if with_usage else b"]}"
+
+    def role(self, choice: int) -> bytes:
+        return self._chunk(choice, b'{"role":"assistant","content":""}')
+
+    def text(self, choice: int, text: str, logprobs: bytes = b"null") -> bytes:
+        return self._chunk(choice, b'{"content":' + _encode(text) + b"}", logprobs)
+
+    def finish(self, choice: int, finish: Finish) -> bytes:
+        return self._chunk(choice, b"{}", reason=_encode(finish.reason), matched_stop=_encode(finish.matched_stop))
+
+    def usage(self, usage: Usage) -> bytes:
+        return sse.frame(self._head + b'],"usage":' + _encode(usage) + b"}")
+
+    def _chunk(
+        self,
+        choice: int,
+        delta: bytes,
+        logprobs: bytes = b"null",
+        reason: bytes = b"null",
+        matched_stop: bytes = b"null",
+    ) -> bytes:
+        return sse.frame(
+            b'%b{"index":%d,"delta":%b,"logprobs":%b,"finish_reason":%b,"matched_stop":%b}%b'
+            % (self._head, choice, delta, logprobs, reason, matched_stop, self._tail)
+        )
+
+
+def _choice_logprobs(prompts: PromptBuilder, logprobs: list[TokenLogprob]) -> ChoiceLogprobs:
+    return ChoiceLogprobs([_logprob_entry(prompts, entry) for entry in logprobs])
+
+
+def _logprob_entry(prompts: PromptBuilder, entry: TokenLogprob) -> TokenLogprobEntry:
+    return TokenLogprobEntry(
+        token=prompts.token_text(entry.token_id),
+        logprob=max(entry.logprob, _LEAST_LOGPROB),
+        bytes=list(prompts.token_bytes(entry.token_id)),
+        top_logprobs=[
+            TopLogprob(prompts.token_text(token_id), max(logprob, _LEAST_LOGPROB), list(prompts.token_bytes(token_id)))
+            for token_id, logprob in entry.top
+        ],
+    )

@@ -1,0 +1,88 @@
+"""What the server is given: the `Service` that engine/build.py makes, seen through protocols, and the `Context` that
+the handlers share. Structural typing keeps the engine from importing the server."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from lightvl.config import ModelInfo, ServerConfig
+from lightvl.core import EngineClient, ImagePart, Message, Prompt
+from lightvl.metrics import Metrics
+from lightvl.server.lifecycle import Lifecycle
+
+
+class PromptBuilder(Protocol):
+    """Messages or text in, Prompt out; images are fetched and decoded on the way. Raises LightVLError for what is
+    wrong with the request. May be cancelled at any await."""
+
+    @property
+    def stop_strings(self) -> tuple[str, ...]:
+        """End a turn, beside the request's own stops."""
+        ...
+
+    @property
+    def stop_token_ids(self) -> frozenset[int]:
+        """EOS of tokenizer and generation_config, and the template's."""
+        ...
+
+    async def build_chat(
+        self, messages: Sequence[Message], *, add_generation_prompt: bool, continue_final_message: bool
+    ) -> Prompt: ...
+
+    async def build_text(self, text: str, images: Sequence[ImagePart]) -> Prompt: ...
+
+    async def build_ids(self, token_ids: Sequence[int], images: Sequence[ImagePart]) -> Prompt: ...
+
+    def token_text(self, token_id: int) -> str:
+        """For logprobs: the token by itself, a replacement character for half of a character."""
+        ...
+
+    def token_bytes(self, token_id: int) -> bytes: ...
+
+
+class Service(Protocol):
+    """Everything below HTTP. Built without a running loop; what needs one is made in `start`."""
+
+    @property
+    def engine(self) -> EngineClient: ...
+
+    @property
+    def prompts(self) -> PromptBuilder: ...
+
+    @property
+    def info(self) -> ModelInfo: ...
+
+    @property
+    def report(self) -> Sequence[str]:
+        """The start-up report: one line per thing chosen, with the reason."""
+        ...
+
+    @property
+    def healthy(self) -> bool: ...
+
+    async def start(self) -> None: ...
+
+    async def drain(self, timeout_s: float) -> None:
+        """Admit nothing more; return when all running sequences have ended, or after `timeout_s` seconds."""
+        ...
+
+    async def close(self) -> None:
+        """End what still runs with Overloaded, then free everything. May be called without `drain`."""
+        ...
+
+
+@dataclass(slots=True)
+class Context:
+    """What all handlers share. Holds nothing about any one request."""
+
+    service: Service
+    config: ServerConfig
+    metrics: Metrics
+    lifecycle: Lifecycle = field(default_factory=Lifecycle)
+    seeds: random.Random = field(init=False)  # where requests without a seed get one
+
+    def __post_init__(self) -> None:
+        self.seeds = random.Random(self.config.random_seed)
