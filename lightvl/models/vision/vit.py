@@ -1,0 +1,174 @@
+"""What vision towers are made of: patch embedding from bytes, 2-D rope, RMS norm, MLPs, attention of unequal lengths.
+
+Used by the towers beside it. Knows no checkpoint layout but for one rule: the pieces of a `Linear` carry their name
+relative to the module that holds it (`"attn.qkv"`), and `container_targets` leaves the attribute's own name out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import cast
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from lightvl.models.linear import Linear
+from lightvl.models.load import Target, module_targets
+from lightvl.models.vision.config import Activation, PixelConfig
+
+QUERY_CHUNK = 512
+"""Queries per attention matmul: their scores over a few thousand keys stay in a CPU's cache."""
+
+MIDDLE_BYTE = 128
+"""Taken from every byte before the patch embedding, so that less cancels out in its sums."""
+
+MLP_CHUNK = 512
+"""Rows per pass through an MLP on a CPU, for the same reason."""
+
+
+def container_targets(module: nn.Module) -> dict[str, Target]:
+    """The targets of a module that holds some `Linear`s: these name theirs from here, all else goes by attribute."""
+    targets = {
+        name: Target(tuple(value.shape), _copy_into(value)) for name, value in module.named_parameters("", False)
+    }
+    for name, child in module.named_children():
+        targets.update(child.weight_targets() if isinstance(child, Linear) else module_targets(child, f"{name}."))
+    return targets
+
+
+def _copy_into(value: torch.Tensor) -> Callable[[torch.Tensor], None]:
+    def fill(tensor: torch.Tensor) -> None:
+        value.copy_(tensor)
+
+    return fill
+
+
+def parameter(*shape: int, dtype: torch.dtype, device: torch.device) -> nn.Parameter:
+    return nn.Parameter(torch.empty(shape, dtype=dtype, device=device), requires_grad=False)
+
+
+class PatchEmbedding(nn.Module):
+    """A convolution whose stride is its kernel, as one linear straight from bytes: rescaling and normalising are folded
+    into its weight and bias, and so is the repetition of a still image in time. Computed in float32, then cast: it is
+    a thousandth of a tower's work, and bytes times rounded weights would cost accuracy."""
+
+    def __init__(
+        self,
+        name: str,
+        kernel: tuple[int, ...],
+        size: int,
+        pixels: PixelConfig,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        """`name` is the weight's in the checkpoint, where it has the shape (size, 3, *kernel); the kernel is
+        (patch, patch) or (frames, patch, patch)."""
+        super().__init__()
+        self._name, self._kernel, self._size, self._pixels, self._dtype = name, kernel, size, pixels, dtype
+        self._linear = Linear(
+            3 * kernel[-1] * kernel[-2], {"patch": size}, bias=True, dtype=torch.float32, device=device
+        )
+
+    def forward(self, patches: torch.Tensor) -> torch.Tensor:
+        """(..., patch * patch * 3) uint8, channels last, to (..., size)."""
+        out: torch.Tensor = self._linear(patches.float().sub_(MIDDLE_BYTE))
+        return out.to(self._dtype)
+
+    def weight_targets(self) -> dict[str, Target]:
+        return {self._name: Target((self._size, 3, *self._kernel), self._fill)}
+
+    def _fill(self, weight: torch.Tensor) -> None:
+        weight = weight.double()
+        if weight.dim() == 5:
+            weight = weight.sum(2)  # every frame is the same image
+        weight = weight.permute(0, 2, 3, 1)  # (size, patch, patch, 3)
+        scale, shift = weight.new_tensor(self._pixels.scale), weight.new_tensor(self._pixels.shift)
+        fill = self._linear.weight_targets()
+        fill["patch.bias"].fill((weight * (scale * MIDDLE_BYTE + shift)).sum((1, 2, 3)))
+        fill["patch.weight"].fill((weight * scale).flatten(1))
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, size: int, eps: float, *, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__()
+        self.weight = parameter(size, dtype=dtype, device=device)
+        self._eps = eps
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        wide = x.float()
+        scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + self._eps)
+        return (wide * scale).to(x.dtype) * self.weight
+
+
+def layer_norm(size: int, eps: float, *, dtype: torch.dtype, device: torch.device) -> nn.LayerNorm:
+    return nn.LayerNorm(size, eps=eps, dtype=dtype, device=device).requires_grad_(False)
+
+
+def _quick_gelu(x: torch.Tensor) -> torch.Tensor:
+    return (x * 1.702).sigmoid_().mul_(x)
+
+
+_ACTIVATIONS: dict[Activation, Callable[[torch.Tensor], torch.Tensor]] = {
+    "quick_gelu": _quick_gelu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "silu": F.silu,
+}
+
+
+class MLP(nn.Module):
+    """`down(act(up(x)))`, or `down(act(gate(x)) * up(x))` when `ups` names two, gate first."""
+
+    def __init__(
+        self,
+        in_size: int,
+        inner_size: int,
+        out_size: int,
+        *,
+        ups: tuple[str, ...],
+        down: str,
+        activation: Activation,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        super().__init__()
+        self.up = Linear(in_size, dict.fromkeys(ups, inner_size), bias=True, dtype=dtype, device=device)
+        self.down = Linear(inner_size, {down: out_size}, bias=True, dtype=dtype, device=device)
+        self._act = _ACTIVATIONS[activation]
+        self._is_gated = len(ups) == 2
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        inner = self.up(x)
+        if self._is_gated:
+            gate, up = inner.chunk(2, -1)
+            return cast(torch.Tensor, self.down(self._act(gate).mul_(up)))
+        return cast(torch.Tensor, self.down(self._act(inner)))
+
+    def weight_targets(self) -> dict[str, Target]:
+        return container_targets(self)
+
+
+def mlp_chunks(x: torch.Tensor) -> list[torch.Tensor]:
+    """Views of x's rows to take through an MLP one after the other: a CPU's caches hold what is between its matmuls."""
+    if x.device.type != "cpu":
+        return [x]
+    return [x[begin : begin + MLP_CHUNK] for begin in range(0, len(x), MLP_CHUNK)]
+
+
+def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+    """Every query over every key: q (Nq, H, D), k and v (Nk, H, D), to (Nq, H, D). Scale D ** -0.5.
+
+    `EncoderAttention` for unequal lengths, as mllama's padding needs it."""
+    if q.device.type != "cpu":
+        q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
+        return F.scaled_dot_product_attention(q, k, v)[0].transpose(0, 1)
+    out = torch.empty_like(q)
+    for head in range(q.shape[1]):
+        keys, values = k[:, head].T, v[:, head]
+        for begin in range(0, len(q), QUERY_CHUNK):
+            end = begin + QUERY_CHUNK
+            scores = torch.mm(q[begin:end, head], keys).mul_(q.shape[-1] ** -0.5)
+            out[begin:end, head] = torch.mm(scores.softmax(-1), values)
+    return out
