@@ -23,7 +23,7 @@ MAX_ASPECT_RATIO = 200
 
 
 def resize(rgb: Pixels, width: int, height: int, resample: int) -> Pixels:
-    """`resample` is Pillow's number of the filter, as preprocessor_config.json gives it. Same size: nothing is copied."""
+    """`resample` is Pillow's number of the filter, as preprocessor_config.json gives it. May return `rgb` itself."""
     if rgb.shape[:2] == (height, width):
         return rgb
     return np.asarray(Image.fromarray(rgb).resize((width, height), Image.Resampling(resample)))

@@ -10,6 +10,8 @@ import numpy as np
 import torch
 
 from lightvl.attention.base import EncoderAttention
+from lightvl.models.config import DecoderConfig
+from lightvl.models.load import WeightPart
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +25,8 @@ class ImageLayout:
     num_cross_pages: int  # real tiles, for a cross-attention family; else 0
     width: int  # after resizing, in pixels
     height: int
-    grid: tuple[int, ...] = ()  # family's own: Qwen2-VL (t, h, w) in patches; mllama (aspect ratio id, tiles high, wide)
+    # the family's own: Qwen2-VL (t, h, w) in patches; mllama (aspect ratio id, tiles high, wide)
+    grid: tuple[int, ...] = ()
     settings: bytes = b""
 
 
@@ -45,6 +48,11 @@ class Family(Protocol):
     chat_template: str | None  # name of the built-in template that fits
     image_token_id: int | None  # None: text only
     cross_page_len: int  # K,V rows of one cross page; 0: features replace rows
+    decoder_config: DecoderConfig  # of the decoder that this family stands around
+
+    def weight_parts(self) -> list[WeightPart]:
+        """Where the weights of tower and projector go; the decoder's are its own."""
+        ...
 
     def plan_image(self, width: int, height: int, *, num_images: int) -> ImageLayout:
         """Size after EXIF orientation; `num_images` of the prompt decides the view mode in some families. Within

@@ -27,7 +27,8 @@ DEFAULT_IMAGE_TOKEN_ID = 128256
 
 class MllamaFamily:
     name = "Llama-3.2-Vision"
-    chat_template = "llama_3_vision"
+    chat_template: str | None = "llama_3_vision"
+    image_token_id: int | None
 
     def __init__(
         self,

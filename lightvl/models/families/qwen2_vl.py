@@ -26,8 +26,9 @@ DEFAULT_IMAGE_TOKEN_ID = 151655
 
 
 class Qwen2VLFamily:
-    chat_template = "qwen2-vl"
+    chat_template: str | None = "qwen2-vl"
     cross_page_len = 0
+    image_token_id: int | None
 
     def __init__(
         self,
