@@ -31,13 +31,13 @@ class AddressRefused(OSError):
 
 class AddressGuard:
     def __init__(self, allowed_domains: Collection[str] | None = None) -> None:
-        """An empty collection is a list that allows nothing; None is no list."""
-        self._allowed = None if allowed_domains is None else {_normal_host(host) for host in allowed_domains}
+        """None or empty: there is no list."""
+        self._allowed = {_normal_host(host) for host in allowed_domains or ()}
 
     def check_host(self, host: str) -> None:
         """`host` as in the URL, without brackets. Also the only check of literal addresses: aiohttp looks none of
         those up. Raises AddressRefused."""
-        if self._allowed is not None:
+        if self._allowed:
             if _normal_host(host) not in self._allowed:
                 raise AddressRefused("images may not be downloaded from this host")
         elif _looks_numeric(host) and not is_public(host):
@@ -46,7 +46,7 @@ class AddressGuard:
     def permitted(self, host: str, results: list[ResolveResult]) -> list[ResolveResult]:
         """Those of a name's addresses that may be connected to; raises AddressRefused if there is none."""
         self.check_host(host)
-        if self._allowed is not None:
+        if self._allowed:
             return results
         public = [result for result in results if is_public(result["host"])]
         if results and not public:

@@ -26,22 +26,23 @@ _FORMATS_HERE = tuple(name for name in _FORMATS if name in Image.OPEN)  # some n
 warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
-def decode_image(data: bytes, *, max_pixels: int = DEFAULT_MAX_PIXELS, param: str = "messages") -> RGB:
+def decode_image(data: bytes, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> RGB:
     """(height, width, 3) uint8, possibly read-only: the first frame, upright by EXIF, alpha composited on white.
 
-    Raises BadRequest for what is not an image, is truncated, or has more than `max_pixels` (told from the header)."""
+    Raises BadRequest, the field to be named by the caller, for what is not an image, is truncated, or has more than
+    `max_pixels` (told from the header)."""
     try:
         image = Image.open(io.BytesIO(data), formats=_FORMATS_HERE)
         if image.width * image.height > max_pixels:
-            raise _too_large(image.size, max_pixels, param)
+            raise _too_large(image.size, max_pixels)
         image.load()
         return to_rgb(_upright(image))
     except (BadRequest, MemoryError):
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        raise _too_large(None, max_pixels, param) from None
+        raise _too_large(None, max_pixels) from None
     except Exception:  # Pillow's plugins raise nearly anything on garbage
-        raise BadRequest(f"{param} is not an image that can be read", param=param) from None
+        raise BadRequest("this is not an image that can be read") from None
 
 
 def content_digest(rgb: RGB) -> bytes:
@@ -96,6 +97,6 @@ def _upright(image: Image.Image) -> Image.Image:
         return image
 
 
-def _too_large(size: tuple[int, int] | None, max_pixels: int, param: str) -> BadRequest:
+def _too_large(size: tuple[int, int] | None, max_pixels: int) -> BadRequest:
     told = f" ({size[0]}x{size[1]})" if size is not None else ""
-    return BadRequest(f"{param} has too many pixels{told}: at most {max_pixels:,} are allowed", param=param)
+    return BadRequest(f"the image has too many pixels{told}: at most {max_pixels:,} are allowed")

@@ -1,0 +1,191 @@
+"""Segments to token ids, and ids to text: the checkpoint's own tokenizer behind a wall between control and client text.
+
+Used by build.py, the templates and the detokenizer. All methods may be called from any thread: nothing is switched
+over per call. Knows nothing of messages or images."""
+
+from __future__ import annotations
+
+import json
+import re
+import secrets
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tokenizers import AddedToken
+from tokenizers import Tokenizer as Backend
+
+from lightvl.errors import BadRequest, ConfigError
+from lightvl.prompt.template import ClientText, ImageSlot, Segment
+from lightvl.prompt.vocabulary import Vocabulary
+
+DEFAULT_IMAGE_TOKEN = "<image>"  # where a checkpoint's tokenizer has no image token, as in original LLaVA ones
+_PARALLEL_CHARS = 2048  # from here on worth the call that lets other threads run meanwhile
+
+
+class Tokenizer:
+    """Encodes a whole prompt as one string, as HF would, so that ids equal HF's on clean text in every detail.
+
+    The backend that does it is a copy that takes no special token from text. In its place each one has an alias, a
+    name that is drawn at random when the server starts: control strings are written with aliases before encoding.
+    """
+
+    def __init__(self, hf: Any, *, image_token_id: int | None = None, own_chat_template: str | None = None) -> None:
+        """`hf`: a fast tokenizer of transformers. `image_token_id`: the family's, within the tokenizer or not."""
+        backend = getattr(hf, "backend_tokenizer", None)
+        if not isinstance(backend, Backend):
+            raise ConfigError("the checkpoint's tokenizer has no fast form (tokenizer.json or tokenizer.model)")
+        self.own_chat_template = own_chat_template
+        self.bos_token_id: int | None = hf.bos_token_id
+        self.eos_token_id: int | None = hf.eos_token_id
+        self.special_tokens: dict[str, str] = {
+            name: str(token) for name, token in hf.special_tokens_map.items() if isinstance(token, str | AddedToken)
+        }
+        self.adds_bos = self.bos_token_id is not None and hf.encode("a")[:1] == [self.bos_token_id]
+
+        parts = json.loads(backend.to_str())
+        parts["truncation"] = parts["padding"] = None
+        image_token = None if image_token_id is None else backend.id_to_token(image_token_id)
+        for token in parts["added_tokens"]:
+            token["special"] = token["special"] or token["content"] == image_token
+        self._backend = Backend.from_str(json.dumps(parts))
+        self.vocabulary = Vocabulary.of(self._backend)
+        special = {token["content"]: token for token in parts["added_tokens"] if token["special"]}
+        self._control_ids = {content: int(token["id"]) for content, token in special.items()}
+        if image_token_id is not None and image_token is None:
+            image_token = DEFAULT_IMAGE_TOKEN
+            self._control_ids[image_token] = image_token_id
+        self.image_token = image_token
+        self.control_tokens = tuple(self._control_ids)
+        # Longest first: of two tokens that start at one place, the tokenizers library takes the longer one.
+        names = sorted({*special, *self._control_ids, *(t["content"] for t in parts["added_tokens"])}, key=len)
+        self._added_pattern = _any_of(reversed(names))
+        self.control_pattern = _any_of(sorted(self._control_ids, key=len, reverse=True))
+
+        self._coder = Backend.from_str(json.dumps(parts))
+        self._coder.encode_special_tokens = True
+        self._aliases = self._add_aliases(special)
+        self._real_ids = self._make_real_ids(parts["model"].get("unk_token"))
+
+    @classmethod
+    def load(cls, path: str, *, image_token_id: int | None = None) -> Tokenizer:
+        """From a checkpoint folder or hub id. Raises ConfigError."""
+        from transformers import AutoTokenizer
+
+        try:
+            hf = AutoTokenizer.from_pretrained(path)
+        except Exception as error:  # transformers raises nearly anything on a broken folder
+            raise ConfigError(f"{path}: its tokenizer cannot be loaded: {_first_line(error)}") from None
+        return cls(hf, image_token_id=image_token_id, own_chat_template=_own_chat_template(path, hf))
+
+    def __len__(self) -> int:
+        """One more than the largest id."""
+        return len(self.vocabulary.token_bytes)
+
+    def control_id(self, text: str) -> int | None:
+        """The id of `text` if it is one special token."""
+        return self._control_ids.get(text)
+
+    def encode(self, segments: Iterable[Segment], *, bos: bool = False) -> list[int]:
+        """Ids of all segments as one text; each ImageSlot becomes the image token's id. With `bos`, or if the tokenizer
+        puts one there itself, BOS starts the prompt; there is never more than one. Raises BadRequest."""
+        text = "".join(map(self._written_with_aliases, segments))
+        coded = np.asarray(self._encode_text(text), dtype=np.int64)
+        ids: list[int] = self._real_ids[coded].tolist()
+        if -1 in ids:
+            ids = self._respell(ids, coded.tolist())
+        if self.bos_token_id is None:
+            return ids
+        num_bos = next((i for i, token_id in enumerate(ids) if token_id != self.bos_token_id), len(ids))
+        if num_bos > 1 or (num_bos == 0 and (bos or self.adds_bos)):
+            return [self.bos_token_id, *ids[num_bos:]]
+        return ids
+
+    def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
+        """All at once; ids beyond the tokenizer spell nothing."""
+        return self._backend.decode(list(ids), skip_special_tokens=skip_special)
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """What one token spells; a token of half a character spells that half."""
+        spelled = self.vocabulary.token_bytes
+        return spelled[token_id] if 0 <= token_id < len(spelled) else b""
+
+    def token_text(self, token_id: int) -> str:
+        return self.token_bytes(token_id).decode("utf-8", "replace")
+
+    def _written_with_aliases(self, segment: Segment) -> str:
+        if isinstance(segment, ClientText):
+            return segment.text
+        if isinstance(segment, ImageSlot):
+            assert self.image_token is not None, "an image slot, but the family has no image token"
+            return self._aliases[self.image_token]
+        return self._added_pattern.sub(lambda match: self._aliases.get(match[0], match[0]), segment.text)
+
+    def _encode_text(self, text: str) -> list[int]:
+        try:
+            if len(text) < _PARALLEL_CHARS:
+                return self._coder.encode(text, add_special_tokens=False).ids
+            return self._coder.encode_batch_fast([text], add_special_tokens=False)[0].ids
+        except (UnicodeEncodeError, TypeError):  # lone surrogates
+            raise BadRequest("the text is not valid Unicode", param="messages") from None
+
+    def _add_aliases(self, special: dict[str, dict[str, Any]]) -> dict[str, str]:
+        nonce = secrets.token_hex(8)
+        aliases: dict[str, str] = {}
+        added: list[AddedToken] = []
+        for number, content in enumerate(self._control_ids):
+            aliases[content] = alias = f"\ue000{nonce}-{number}\ue001"
+            flags = {name: special.get(content, {}).get(name, False) for name in ("single_word", "lstrip", "rstrip")}
+            normalized = special.get(content, {}).get("normalized", False)
+            added.append(AddedToken(alias, special=False, normalized=normalized, **flags))
+        self._coder.add_tokens(added)
+        return aliases
+
+    def _make_real_ids(self, unk_token: str | None) -> np.ndarray[Any, np.dtype[np.int64]]:
+        """From the coder's ids to the model's. -1 for a special token that did not come from an alias: some models'
+        vocabularies hold these among the ordinary pieces, where text may hit them. Not so for the unknown token."""
+        size = max(self._coder.get_vocab(with_added_tokens=True).values()) + 1
+        real_ids = np.arange(size, dtype=np.int64)
+        for content in self._control_ids:
+            coded = self._coder.token_to_id(content)
+            if coded is not None and content != unk_token:
+                real_ids[coded] = -1
+        for content, alias in self._aliases.items():
+            real_ids[self._coder.token_to_id(alias)] = self._control_ids[content]
+        return real_ids
+
+    def _respell(self, ids: list[int], coded: list[int]) -> list[int]:
+        """Spells client text that hit a special token character by character instead."""
+        result: list[int] = []
+        for token_id, code in zip(ids, coded, strict=True):
+            if token_id != -1:
+                result.append(token_id)
+                continue
+            pieces = [
+                piece for char in self._coder.id_to_token(code) or "" for piece in self._coder.model.tokenize(char)
+            ]
+            result += [piece.id for piece in pieces if self._real_ids[piece.id] != -1]
+        return result
+
+
+def _any_of(names: Iterable[str]) -> re.Pattern[str]:
+    return re.compile("|".join(map(re.escape, names)) or r"(?!)")
+
+
+def _own_chat_template(path: str, hf: Any) -> str | None:
+    """The processor's template goes before the tokenizer's: in vision models only it may show images."""
+    folder = Path(path)
+    if (folder / "chat_template.jinja").is_file():
+        return (folder / "chat_template.jinja").read_text(encoding="utf-8")
+    if (folder / "chat_template.json").is_file():
+        own = json.loads((folder / "chat_template.json").read_text(encoding="utf-8")).get("chat_template")
+    else:
+        own = getattr(hf, "chat_template", None)
+    if isinstance(own, dict):
+        own = own.get("default")
+    return own if isinstance(own, str) else None
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
