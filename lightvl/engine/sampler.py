@@ -7,30 +7,30 @@ The order is that of HF and SGLang: repetition penalty, temperature, top_k, top_
 one threshold on its logits, so tokens that tie with the last one kept are kept too. (HF keeps them for top_k and breaks
 ties arbitrarily for top_p. bf16 logits tie often, and a choice must not depend on how some sort orders equal numbers.)
 
-A draw is Gumbel-argmax. The noise of a token is a hash of (seed, choice, position, token id) and of nothing else, so it
-does not depend on the row, its company, chunking or preemption, and CPU and CUDA compute the same integers.
+A draw is Gumbel-argmax: the greatest sum of a score and the noise of (seed, choice, position, token id).
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import repeat
 from typing import Any
 
 import numpy as np
 import torch
 
 from lightvl.core import SamplingParams, TokenLogprob
+from lightvl.engine.noise import UInt64Array, gumbel_noise, hash_choices, hash_positions
 
-NUM_HEAD = 1024
-"""Best logits that are looked at before a whole row is sorted: 0.7 ms against 13 ms for a row of 152k on one core."""
-TIE_SLACK = 64
-"""Where reading back would stall the device, a head of top_k + 64 tokens is taken to hold all ties of the last one."""
-LEAST_LOGPROB = -9999.0
-"""Stands for minus infinity, which JSON cannot say; OpenAI's API has the same number."""
-
-BROKEN = -1
-"""What `to_host` gives for a row whose logits have no finite value: the model failed on this sequence alone."""
+# Measured on one core with rows of 152k logits (tools/LOG.md).
+NUM_HEAD = 1024  # best logits in which a threshold is looked for first: 0.7 ms a row, sorting all takes 13
+HEAD_GROWTH = 16  # if these do not suffice, look among so many times more
+CPU_BLOCK = 1 << 21  # logits drawn from at once: temporaries of 64 rows would be mapped anew each time, 3 times slower
+TIE_SLACK = 64  # where looking back would stall the device, a head of top_k + 64 is taken to hold all ties of the last
+LEAST_LOGPROB = -9999.0  # stands for minus infinity, which JSON cannot say, as in OpenAI's API
+BROKEN = -1  # token id that `to_host` gives for a row without a finite logit: the model failed on this sequence alone
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,20 +54,29 @@ class Sampled:
     top_logprobs: torch.Tensor | None = None  # (W, k) float32
 
 
+_Head = tuple[torch.Tensor, torch.Tensor]  # a row's best scores, descending, and their token ids: (R, K) each
+
+
 @dataclass(frozen=True, slots=True)
 class _Draws:
     """Settings of the R rows that are drawn at random, as tensors on the device."""
 
     row_idx: torch.Tensor | None  # (R,) int64; None: all rows
-    base_keys: np.ndarray[Any, np.dtype[np.uint64]]  # (R,) host: hash of seed and choice
+    choice_hashes: UInt64Array  # (R,) host
     temperature: torch.Tensor  # (R, 1) float32
     top_k: torch.Tensor  # (R, 1) int64; 0: off
     top_p: torch.Tensor  # (R, 1) float64
     log_min_p: torch.Tensor  # (R, 1) float32; -inf: off
     is_filtered: torch.Tensor  # (R, 1) bool
-    num_filtered: int
-    max_top_k: int
+    any_filtered: bool
+    all_filtered: bool
     by_top_k: bool  # every filtered row has a top_k
+    max_top_k: int
+
+    def at(self, idx: torch.Tensor | slice) -> _Draws:
+        """What the filters need of some of the rows."""
+        names = ("top_k", "top_p", "log_min_p", "is_filtered")
+        return replace(self, **{name: getattr(self, name)[idx] for name in names})
 
 
 def sample(logits: torch.Tensor, rows: list[SampleRow]) -> Sampled:
@@ -99,42 +108,26 @@ def to_host(sampled: Sampled, rows: list[SampleRow]) -> list[tuple[int, TokenLog
     if sampled.logprobs is None:
         return [(token_id, None) for token_id in token_ids]
     logprobs = iter(sampled.logprobs.tolist())  # sync: as above
-    top_ids = iter(sampled.top_ids.tolist() if sampled.top_ids is not None else ())  # sync: as above
-    top_values = iter(sampled.top_logprobs.tolist() if sampled.top_logprobs is not None else ())  # sync: as above
+    tops: Iterator[tuple[tuple[int, float], ...]] = repeat(())
+    if sampled.top_ids is not None and sampled.top_logprobs is not None:
+        top_ids, top_logprobs = sampled.top_ids.tolist(), sampled.top_logprobs.tolist()  # sync: as above
+        tops = (tuple(zip(*top, strict=True)) for top in zip(top_ids, top_logprobs, strict=True))
     results: list[tuple[int, TokenLogprob | None]] = []
     for token_id, row in zip(token_ids, rows, strict=True):
         k = row.params.top_logprobs
-        if k is None:
-            results.append((token_id, None))
-            continue
-        top = list(zip(next(top_ids, ()), next(top_values, ()), strict=True))[:k]
-        results.append((token_id, TokenLogprob(token_id, next(logprobs), tuple(top))))
+        results.append((token_id, TokenLogprob(token_id, next(logprobs), next(tops)[:k]) if k is not None else None))
     return results
 
 
-def gumbel_noise(keys: torch.Tensor, token_ids: torch.Tensor) -> torch.Tensor:
-    """keys (2, R, 1) int32, token_ids (V,) or (R, K) integers. Returns (R, V or K) float32, each finite.
-
-    int32 products wrap and the masks make shifts logical, so this is 32-bit unsigned arithmetic on every device, at
-    half the memory traffic of int64. The uniform u has 31 bits and is finest near 0, where the winners are: the noise
-    is -log(-log(1 - u)).
-    """
-    hashed = _mix32(token_ids.to(torch.int32) ^ keys[0])
-    hashed = _mix32(hashed.add_(keys[1]))
-    u = hashed.bitwise_right_shift_(1).bitwise_and_(0x7FFFFFFF).float()
-    u.add_(0.5).mul_(2.0**-31).clamp_(max=1 - 2.0**-24)  # float32 rounds the largest integers up to 1
-    return u.neg_().log1p_().neg_().log_().neg_()
-
-
 def _choose(logits: torch.Tensor, rows: list[SampleRow]) -> tuple[torch.Tensor, torch.Tensor]:
-    """`Sampled.token_ids` and `.broken`. Rows with a repetition penalty become penalised logits."""
+    """`Sampled.token_ids` and `.broken`. Overwrites the logits."""
     if any(row.params.repetition_penalty != 1 for row in rows):
         _penalise(logits, rows)
     draws = _draws(tuple((row.params, row.choice) for row in rows), logits.device)
     if draws is None:
         token_ids = logits.argmax(-1)
     elif draws.row_idx is None:
-        token_ids = _draw(logits / draws.temperature, draws, rows)
+        token_ids = _draw(logits.div_(draws.temperature), draws, rows)
     else:
         token_ids = logits.argmax(-1)
         scores = logits.index_select(0, draws.row_idx).div_(draws.temperature)
@@ -146,21 +139,38 @@ def _choose(logits: torch.Tensor, rows: list[SampleRow]) -> tuple[torch.Tensor, 
 
 def _draw(scores: torch.Tensor, draws: _Draws, rows: list[SampleRow]) -> torch.Tensor:
     """Filter scores (R, V), logits over temperature, and draw. Returns (R,) int64."""
-    keys = _keys(draws.base_keys, rows, scores.device)
-    if draws.num_filtered == 0:
+    keys = _to_device(hash_positions(draws.choice_hashes, [row.position for row in rows]), scores.device)
+    block_len = max(1, CPU_BLOCK // scores.shape[1]) if scores.device.type == "cpu" else len(rows)
+    blocks = [slice(start, start + block_len) for start in range(0, len(rows), block_len)]
+    return torch.cat([_draw_block(scores[block], draws.at(block), keys[:, block]) for block in blocks])
+
+
+def _draw_block(scores: torch.Tensor, draws: _Draws, keys: torch.Tensor) -> torch.Tensor:
+    if not draws.any_filtered:
         return _pick(scores, None, keys, None)
-    all_filtered = draws.num_filtered == len(rows)
     num_head = draws.max_top_k + TIE_SLACK
     if not draws.by_top_k:
-        num_head = max(num_head, NUM_HEAD)
-    on_cpu = scores.device.type == "cpu"
-    if num_head < scores.shape[1] and (on_cpu or (draws.by_top_k and all_filtered)):
-        head, head_ids = scores.topk(num_head, dim=-1)
-        least, is_exact = _threshold(head, scores, draws)
-        if not on_cpu or bool(is_exact.all()):  # sync: none, a CPU tensor
-            return _pick(head, head_ids, keys, least) if all_filtered else _pick(scores, None, keys, least)
-    least, _ = _threshold(scores.sort(dim=-1, descending=True).values, scores, draws)
-    return _pick(scores, None, keys, least)
+        # Looking whether a head sufficed is free on a CPU and a wait on a GPU, which therefore sorts the whole rows.
+        num_head = max(num_head, NUM_HEAD) if scores.device.type == "cpu" else scores.shape[1]
+    least, head = _search(scores, draws, num_head)
+    if head is None or not draws.all_filtered:
+        return _pick(scores, None, keys, least)
+    return _pick(*head, keys, least)
+
+
+def _search(scores: torch.Tensor, draws: _Draws, num_head: int) -> tuple[torch.Tensor, _Head | None]:
+    """Each row's threshold (R, 1), found among its `num_head` best or, where these do not suffice, among more; and the
+    head, if it holds all that passes in every row."""
+    num_head = min(num_head, scores.shape[1])
+    head, head_ids = scores.topk(num_head, dim=-1)
+    least, is_exact = _threshold(head, scores, draws)
+    if num_head == scores.shape[1] or scores.device.type != "cpu":
+        return least, (head, head_ids)
+    inexact = (~is_exact).nonzero()[:, 0]  # sync: none on a CPU
+    if len(inexact) == 0:
+        return least, (head, head_ids)
+    least[inexact], _ = _search(scores[inexact], draws.at(inexact), num_head * HEAD_GROWTH)
+    return least, None
 
 
 def _threshold(ranked: torch.Tensor, scores: torch.Tensor, draws: _Draws) -> tuple[torch.Tensor, torch.Tensor]:
@@ -229,13 +239,14 @@ def _draws(settings: tuple[tuple[SamplingParams, int], ...], device: torch.devic
 
     return _Draws(
         row_idx=None if len(row_idx) == len(settings) else _row_index(row_idx, device),
-        base_keys=_base_keys([(p.seed, choice) for p, choice in drawn]),
+        choice_hashes=hash_choices([p.seed for p in params], [choice for _, choice in drawn]),
         temperature=column([p.temperature for p in params], torch.float32),
         top_k=column([p.top_k for p in params], torch.int64),
         top_p=column([p.top_p for p in params], torch.float64),
         log_min_p=column([np.log(p.min_p) if p.min_p > 0 else -np.inf for p in params], torch.float32),
         is_filtered=column(is_filtered, torch.bool),
-        num_filtered=sum(is_filtered),
+        any_filtered=any(is_filtered),
+        all_filtered=all(is_filtered),
         max_top_k=max(p.top_k for p in params),
         by_top_k=all(p.top_k > 0 for p, filtered in zip(params, is_filtered, strict=True) if filtered),
     )
@@ -244,38 +255,6 @@ def _draws(settings: tuple[tuple[SamplingParams, int], ...], device: torch.devic
 @lru_cache(maxsize=16)
 def _row_index(row_idx: tuple[int, ...], device: torch.device) -> torch.Tensor:
     return _to_device(torch.tensor(row_idx, dtype=torch.int64), device)
-
-
-def _base_keys(seeds: list[tuple[int, int]]) -> np.ndarray[Any, np.dtype[np.uint64]]:
-    """(R,) uint64 from (seed, choice) pairs."""
-    seed = np.array([s for s, _ in seeds], dtype=np.uint64)
-    choice = np.array([c for _, c in seeds], dtype=np.uint64)
-    return _mix64(_mix64(seed) + choice)
-
-
-def _keys(base: np.ndarray[Any, np.dtype[np.uint64]], rows: list[SampleRow], device: torch.device) -> torch.Tensor:
-    """(2, R, 1) int32 on the device, from (R,) uint64 and the rows' positions."""
-    keys = _mix64(base + np.array([row.position for row in rows], dtype=np.uint64))
-    halves = np.ascontiguousarray(keys.view(np.int32).reshape(-1, 2).T)
-    return _to_device(torch.from_numpy(halves).unsqueeze(-1), device)
-
-
-def _mix64(x: np.ndarray[Any, np.dtype[np.uint64]]) -> np.ndarray[Any, np.dtype[np.uint64]]:
-    """The splitmix64 finaliser, a bijection of 64 bits; its input is stepped so that 0 is no fixed point."""
-    x = x + np.uint64(0x9E3779B97F4A7C15)
-    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
-
-
-def _mix32(x: torch.Tensor) -> torch.Tensor:
-    """The murmur3 finaliser, in place on int32; the factors are 0x85EBCA6B and 0xC2B2AE35 as signed numbers."""
-    x ^= (x >> 16).bitwise_and_(0xFFFF)
-    x *= -2048144789
-    x ^= (x >> 13).bitwise_and_(0x7FFFF)
-    x *= -1028477387
-    x ^= (x >> 16).bitwise_and_(0xFFFF)
-    return x
 
 
 def _sayable(logprobs: torch.Tensor) -> torch.Tensor:
