@@ -39,17 +39,23 @@ def decode(data: bytes, type: type[T]) -> T:
     if not data.strip():
         raise BadRequest("The request body is empty; a JSON object is expected.", code="invalid_json")
     try:
+        return _decode(data, type)
+    except msgspec.ValidationError as error:
+        raise _validation_error(error) from None
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise BadRequest(f"We could not parse the JSON body of your request: {error}", code="invalid_json") from None
+    except RecursionError:
+        raise BadRequest("The JSON body of your request is nested too deeply.", code="invalid_json") from None
+
+
+def _decode(data: bytes, type: type[T]) -> T:
+    try:
         return msgspec.json.decode(data, type=type)
     except msgspec.ValidationError as error:
         if "unknown field" not in str(error):
-            raise _validation_error(error) from None
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise BadRequest(f"We could not parse the JSON body of your request: {error}", code="invalid_json") from None
+            raise
     # Unknown fields that are null are let pass. Only a request that has unknown fields pays for this second look.
-    try:
-        return msgspec.convert(_without_nulls(msgspec.json.decode(data)), type=type)
-    except msgspec.ValidationError as error:
-        raise _validation_error(error) from None
+    return msgspec.convert(_without_nulls(msgspec.json.decode(data)), type=type)
 
 
 def refuse_unserved(fields: msgspec.Struct, neutral: Mapping[str, tuple[Any, ...]], prefix: str = "") -> None:

@@ -8,6 +8,7 @@ import hmac
 import logging
 import time
 import uuid
+from contextvars import ContextVar
 from http import HTTPStatus
 from typing import Any
 
@@ -20,7 +21,8 @@ from lightvl.server.body import MAX_BODY_BYTES
 
 log = logging.getLogger(__name__)
 
-REQUEST_ID = "request_id"
+REQUEST_ID: ContextVar[str] = ContextVar("request_id")
+"""Of the request that the current task answers."""
 ID_HEADER = "x-request-id"
 _OPEN_PATHS = frozenset({"/health"})  # answered without a key
 _QUIET_PATHS = frozenset({"/health", "/metrics"})  # asked for all day long: not in the access log
@@ -54,7 +56,7 @@ def make_middleware(api_key: str | None) -> Middleware:
     @web.middleware
     async def middleware(request: web.Request, handler: Handler) -> web.StreamResponse:
         request_id = "req-" + uuid.uuid4().hex
-        request[REQUEST_ID] = request_id
+        REQUEST_ID.set(request_id)
         started = time.monotonic()
         status = 499  # what the access line says when the client left
         try:

@@ -32,18 +32,18 @@ def frame(payload: bytes) -> bytes:
 async def stream(request: web.Request, frames: AsyncGenerator[bytes, None]) -> web.StreamResponse:
     """Answer with these framed events, then `[DONE]`. An error after the first byte becomes a last event, without
     `[DONE]`. When the client is gone `frames` is closed where it stands."""
-    response = web.StreamResponse(headers={**_HEADERS, ID_HEADER: request[REQUEST_ID]})
+    response = web.StreamResponse(headers={**_HEADERS, ID_HEADER: REQUEST_ID.get()})
     async with aclosing(frames):
         try:
             await response.prepare(request)
-            await response.write(await _written(request, response, frames))
+            await response.write(await _written(response, frames))
             await response.write_eof()
         except ConnectionError:
             pass  # the client left between two writes
     return response
 
 
-async def _written(request: web.Request, response: web.StreamResponse, frames: AsyncGenerator[bytes, None]) -> bytes:
+async def _written(response: web.StreamResponse, frames: AsyncGenerator[bytes, None]) -> bytes:
     """Write all frames; what must follow them."""
     try:
         async for data in frames:
@@ -51,5 +51,5 @@ async def _written(request: web.Request, response: web.StreamResponse, frames: A
     except ConnectionError:
         raise
     except Exception as error:
-        return frame(msgspec.json.encode(error_body(error, request[REQUEST_ID])[1]))
+        return frame(msgspec.json.encode(error_body(error, REQUEST_ID.get())[1]))
     return DONE
