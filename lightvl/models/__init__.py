@@ -1,0 +1,7 @@
+"""Checkpoints in, logits and image features out. Nothing here knows about requests, sequences or pages' owners.
+
+config    config.json -> DecoderConfig (HF field names end here)     load    names and tensors -> parts, each used once
+decoder   StepInputs -> logits: one decoder, options as data          rope, linear    its tables and packed matrices
+family    the protocol of an image side; families/ has them, vision/ their towers
+model     a checkpoint folder -> Model, what the engine's runner drives
+"""

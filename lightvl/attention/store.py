@@ -1,0 +1,65 @@
+"""K,V tensors in pages: their layout, their writes and their cost. Used by the backends; which page belongs to whom is
+the scheduler's business.
+
+One store serves self-attention, another the cross attention of images: the same layout with other sizes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True, slots=True)
+class KVShape:
+    """What a decoder keeps per token. `num_layers` are its self-attention layers."""
+
+    num_layers: int
+    num_kv_heads: int
+    head_dim: int
+    num_cross_layers: int = 0
+
+    def bytes_per_token(self, dtype: torch.dtype) -> int:
+        """K and V of one token in all self-attention layers."""
+        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * dtype.itemsize
+
+    def bytes_per_cross_page(self, cross_page_len: int, dtype: torch.dtype) -> int:
+        """K and V of one image tile in all cross layers."""
+        return 2 * self.num_cross_layers * cross_page_len * self.num_kv_heads * self.head_dim * dtype.itemsize
+
+
+class PageStore:
+    """`keys` and `values`: (layers, G, num_pages, page_len, D).
+
+    Head first, so that one head's keys of consecutive pages are one matrix, and gathered pages too: what a matmul on a
+    CPU wants. (Kernels for GPUs want pages first; their backend brings its own store.)
+    """
+
+    def __init__(
+        self, num_layers: int, num_kv_heads: int, num_pages: int, page_len: int, head_dim: int, dtype: torch.dtype
+    ) -> None:
+        shape = (num_layers, num_kv_heads, num_pages, page_len, head_dim)
+        # Zeroed, since a page's tail is read (with weight 0) before it is written, and 0 * NaN is NaN. The system
+        # hands out zeroed memory lazily, so this costs nothing until a page is used.
+        self.keys = torch.zeros(shape, dtype=dtype)
+        self.values = torch.zeros(shape, dtype=dtype)
+        self.page_len = page_len
+
+    def write(self, layer_idx: int, slots: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
+        """k, v (T, G, D) to slots (T,) = page * page_len + offset."""
+        self.keys[layer_idx].flatten(1, 2).index_copy_(1, slots, k.transpose(0, 1))
+        self.values[layer_idx].flatten(1, 2).index_copy_(1, slots, v.transpose(0, 1))
+
+    def write_pages(self, layer_idx: int, pages: tuple[int, ...], k: torch.Tensor, v: torch.Tensor) -> None:
+        """k, v (len(pages) * page_len, G, D), page after page."""
+        for source, page in enumerate(pages):
+            rows = slice(source * self.page_len, (source + 1) * self.page_len)
+            self.keys[layer_idx, :, page].copy_(k[rows].transpose(0, 1))
+            self.values[layer_idx, :, page].copy_(v[rows].transpose(0, 1))
+
+    def copy_pages(self, pairs: tuple[tuple[int, int], ...]) -> None:
+        """Copy whole pages (from, to) in every layer."""
+        for source, target in pairs:
+            self.keys[:, :, target].copy_(self.keys[:, :, source])
+            self.values[:, :, target].copy_(self.values[:, :, source])
