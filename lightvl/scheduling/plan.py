@@ -32,7 +32,8 @@ class Row:
     """Compute `len` tokens of a sequence from index `start`; a decode row has len 1.
 
     `samples`: the sequences whose next token is drawn from the logits of the last of these tokens: none inside a
-    prompt, the sequence itself at the end, all choices of a request after their common prefill.
+    prompt, the sequence itself at the end, all choices of a request after their common prefill (those that still wait
+    for it have slot -1: their token goes to the host only).
     Token indices >= `num_known` are not known to the host yet: they are the last token sampled for
     `slot` and are read from the device.
     """

@@ -32,6 +32,8 @@ class Sequence:
     num_scheduled: int = 0
     num_samples_in_flight: int = 0
     num_cached: int = 0  # prompt tokens found in the radix cache when first admitted, for usage
+    arrival: int = -1  # order among all sequences, set by the scheduler
+    was_admitted: bool = False
 
     @property
     def num_tokens(self) -> int:

@@ -1,0 +1,124 @@
+"""WaitingQueue: who becomes resident next, and on which cached prefix.
+
+Owns the order of the waiting sequences (by arrival; a preempted one returns to its place) and what each of them waits
+for. Called by the scheduler. First come, first served, but for two kinds that are passed over without holding up those
+behind them: one whose next page is being computed by a resident sequence, and one whose last token is still in flight.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+from lightvl.scheduling.allocation import Allocation, Allocator, Claim
+from lightvl.scheduling.radix_cache import RadixNode
+from lightvl.scheduling.sequence import Sequence
+
+
+def by_arrival(sequence: Sequence) -> int:
+    return sequence.arrival
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """How far a waiting sequence matched when last looked at, and the claim that it waits for."""
+
+    node: RadixNode
+    claim: Claim | None
+
+
+class WaitingQueue:
+    def __init__(self, allocator: Allocator) -> None:
+        self._allocator = allocator
+        self._queue: list[Sequence] = []
+        self._places: dict[Sequence, Place] = {}
+
+    def __len__(self) -> int:
+        return len(self._queue)
+
+    def __iter__(self) -> Iterator[Sequence]:
+        return iter(self._queue)
+
+    def add(self, sequence: Sequence) -> None:
+        insort(self._queue, sequence, key=by_arrival)
+
+    def remove(self, sequence: Sequence) -> None:
+        idx = bisect_left(self._queue, sequence.arrival, key=by_arrival)
+        assert self._queue[idx] is sequence
+        del self._queue[idx]
+        self._places.pop(sequence, None)
+
+    def admit(self, running: list[Allocation]) -> list[Allocation]:
+        """Make resident whoever has a slot and room for all its known tokens beside what the running ones still need.
+        The first in line is always admitted when nothing runs. Returns the new ones in arrival order."""
+        allocator = self._allocator
+        admitted: list[Allocation] = []
+        if not self._queue or not allocator.has_slot:
+            return admitted
+        reserved = sum(self._pages_to_come(alloc) for alloc in running)
+        idx = 0
+        while idx < len(self._queue) and allocator.has_slot:
+            sequence = self._queue[idx]
+            if sequence.num_samples_in_flight:
+                idx += 1
+                continue
+            place = self._look_up(sequence)
+            if place is not None and place.claim is not None:
+                idx += 1
+                continue
+            node = place.node if place is not None else None
+            if (running or admitted) and not self._has_room(sequence, node, reserved):
+                break
+            del self._queue[idx]
+            self._places.pop(sequence, None)
+            alloc = allocator.admit(sequence, node)
+            reserved += self._pages_to_come(alloc)
+            admitted.append(alloc)
+        return admitted
+
+    def num_matched(self, sequence: Sequence) -> int:
+        """Tokens of a waiting sequence that the radix cache holds now."""
+        place = self._look_up(sequence)
+        return place.node.depth * self._allocator.page_size if place is not None else 0
+
+    def waits_for_prefix(self, sequence: Sequence) -> bool:
+        place = self._look_up(sequence)
+        return place is not None and place.claim is not None
+
+    def _has_room(self, sequence: Sequence, node: RadixNode | None, reserved: int) -> bool:
+        allocator = self._allocator
+        needed = allocator.pages_for(sequence.num_tokens + 1)
+        available = allocator.num_obtainable - reserved
+        if allocator.radix is not None and node is not None:
+            needed -= node.depth
+            available -= allocator.radix.count_unpinned(node)
+        return needed <= available
+
+    def _pages_to_come(self, alloc: Allocation) -> int:
+        """Pages that a running sequence is sure to ask for: the rest of its known tokens, and one to go on."""
+        missing = self._allocator.pages_for(alloc.sequence.num_tokens + 1) - len(alloc.sequence.pages)
+        return max(missing, 1)
+
+    def _look_up(self, sequence: Sequence) -> Place | None:
+        """Match again from where the last look ended; cheap while what it waits for is still being computed. None
+        without a radix cache."""
+        allocator = self._allocator
+        radix = allocator.radix
+        if radix is None:
+            return None
+        place = self._places.get(sequence)
+        if place is not None and place.claim is not None and place.claim in allocator.claims:
+            return place
+        # The last known token is always computed again: its logits are wanted.
+        max_tokens = sequence.num_tokens - 1
+        keys = sequence.prompt.cache_key
+        if sequence.output_ids:
+            keys = keys + sequence.output_ids
+        node = radix.match(keys, max_tokens, place.node if place is not None else None)
+        claim: Claim | None = None
+        if (node.depth + 1) * allocator.page_size <= max_tokens:
+            claim = (node, allocator.page_key(sequence, node.depth))
+        place = Place(node, claim if claim in allocator.claims else None)
+        self._places[sequence] = place
+        return place
