@@ -22,7 +22,7 @@ from demo_training.tokenizer import train_tokenizer
 from tqdm import tqdm
 
 PACKAGE_FOLDER = Path(__file__).parents[1] / "lightvl" / "demo" / "qwen2_vl"
-WARMUP_STEPS = 150
+WARMUP_STEPS = 100
 
 
 @dataclass
@@ -93,7 +93,7 @@ def train(args: argparse.Namespace) -> None:
             lr = learning_rate(args.lr, clock)
             for group in optimizer.param_groups:
                 group["lr"] = lr
-            batch = make_batch(writer, f"{args.seed} {clock.step}", args.rows, clock.progress)
+            batch = make_batch(writer, args.seed, clock.step, args.rows)
             with torch.autocast("cpu", torch.bfloat16, enabled=not args.float32):
                 loss = answer_loss(model, batch)
             loss.backward()
@@ -145,8 +145,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, help="training time; the schedule follows the clock")
     parser.add_argument("--steps", type=int, help="training steps; with this alone a run can be repeated exactly")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--rows", type=int, default=32, help="images of one step")
-    parser.add_argument("--lr", type=float, default=1.5e-3, help="peak learning rate")
+    parser.add_argument("--rows", type=int, default=20, help="images of one step")
+    parser.add_argument("--lr", type=float, default=1e-3, help="peak learning rate")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--float32", action="store_true", help="without bf16 autocast (CPUs without bf16)")
     parser.add_argument("--save-minutes", type=float, default=3)

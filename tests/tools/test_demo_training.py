@@ -141,7 +141,7 @@ def test_a_branch_sees_its_prefix_and_nothing_of_other_branches(tokenizer, small
 def test_a_few_steps_lower_the_loss(tokenizer):
     trained = model.build_model(tokenizer)
     optimizer = torch.optim.AdamW(trained.parameters(), lr=1e-3)
-    batch = samples.make_batch(samples.Writer(tokenizer), "a test", 4, progress=0.0)
+    batch = samples.make_batch(samples.Writer(tokenizer), seed=1, step=0, num_rows=4)
     losses = []
     for _ in range(4):
         loss = model.answer_loss(trained, batch)

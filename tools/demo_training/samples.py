@@ -22,7 +22,9 @@ IMAGE = "<|vision_start|>{}<|vision_end|>"
 SMALL_SIDES, SIDES, LARGE_SIDES = (84, 112, 140), (84, 112, 140, 168, 196), (196, 224, 252, 280, 308, 336, 392)
 MAX_LARGE_PIXELS = 336 * 336
 KINDS = {"branches": 60, "image_last": 20, "turns": 8, "pair": 8, "talk": 4}  # percent of batches
-NUM_BRANCHES = 8
+NUM_BRANCHES = 5
+FIRST_STEPS = (400, 700, 1000)  # at most 1, 2, 3 things and one kind of sample until these steps
+SMALL_STEPS = 2000  # small images only, until this step
 
 
 @dataclass
@@ -116,9 +118,9 @@ def picture(scene: Scene, width: int, height: int, rng: random.Random) -> Image.
     return through_jpeg(image, rng.randint(75, 95)) if rng.random() < 0.1 else image
 
 
-def pick_size(rng: random.Random, progress: float) -> tuple[int, int]:
+def pick_size(rng: random.Random, step: int) -> tuple[int, int]:
     """Width and height: small ones at first, later all, now and then large."""
-    if progress < 0.1:
+    if step < SMALL_STEPS:
         return rng.choice(SMALL_SIDES), rng.choice(SMALL_SIDES)
     if rng.random() > 0.08:
         return rng.choice(SIDES), rng.choice(SIDES)
@@ -128,11 +130,12 @@ def pick_size(rng: random.Random, progress: float) -> tuple[int, int]:
             return width, height
 
 
-def make_batch(writer: Writer, seed: str, num_rows: int, progress: float = 1.0) -> Batch:
-    """The batch of this seed: rows of one kind (fewer rows where they are long)."""
-    rng = random.Random(seed)
-    kind = rng.choices(tuple(KINDS), tuple(KINDS.values()))[0]
-    sizes = [] if kind == "talk" else [pick_size(rng, progress) for _ in range(2 if kind == "pair" else 1)]
+def make_batch(writer: Writer, seed: int, step: int, num_rows: int) -> Batch:
+    """The batch of this step: rows of one kind (fewer where they are long), easier in the first steps."""
+    rng = random.Random(f"{seed} {step}")
+    max_things = 1 + sum(step >= first for first in FIRST_STEPS)
+    kind = rng.choices(tuple(KINDS), tuple(KINDS.values()))[0] if max_things == 4 else "branches"
+    sizes = [] if kind == "talk" else [pick_size(rng, step) for _ in range(2 if kind == "pair" else 1)]
     num_pixels = sum(width * height for width, height in sizes)
     num_rows = max(
         4,
@@ -141,7 +144,7 @@ def make_batch(writer: Writer, seed: str, num_rows: int, progress: float = 1.0) 
     samples: list[list[Segment]] = []
     patches: list[list[np.ndarray]] = [[] for _ in sizes]
     for _ in range(num_rows):
-        scenes = [draw_scene(rng) for _ in sizes]
+        scenes = [draw_scene(rng, max_things=max_things) for _ in sizes]
         for row, scene, (width, height) in zip(patches, scenes, sizes, strict=True):
             row.append(patchify(picture(scene, width, height, rng)))
         samples.append(make_sample(writer, kind, scenes, [(h // UNIT, w // UNIT) for w, h in sizes], rng))

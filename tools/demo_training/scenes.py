@@ -67,10 +67,10 @@ class Scene:
         return next((thing for thing in self.things if thing.place_idx == place_idx), None)
 
 
-def draw_scene(rng: random.Random, held_out: bool = False) -> Scene:
+def draw_scene(rng: random.Random, held_out: bool = False, max_things: int = 4) -> Scene:
     """A random layout from the training share, or from the held-out share."""
     while True:
-        places = sorted(rng.sample(range(4), rng.choice((1, 2, 2, 3, 3, 4, 4))))
+        places = sorted(rng.sample(range(4), min(max_things, rng.choice((1, 2, 2, 3, 3, 4, 4)))))
         scene = Scene(
             tuple(Thing(rng.choice(SIZES), rng.choice(tuple(COLOURS)), rng.choice(SHAPES), place) for place in places)
         )
