@@ -34,6 +34,8 @@ class Engine:
         self._device = device
         self._make_detokenizer = make_detokenizer
         self._metrics = metrics
+        metrics.gauge("num_running", lambda: scheduler.num_running)
+        metrics.gauge("num_waiting", lambda: scheduler.num_waiting)
         self._choices: dict[Sequence, ActiveChoice] = {}
         self._in_flight: deque[tuple[StepPlan, asyncio.Future[StepResult]]] = deque()
         self._seq_ids = itertools.count()
@@ -115,9 +117,13 @@ class Engine:
         self._fail_broken(plan, result)
         for sequence, token_id, logprob in result.tokens:
             choice = self._choices.get(sequence)  # None: it ended while the step ran; the token is dropped
-            if choice is not None:
+            if choice is None:
+                continue
+            if token_id < 0:
+                self._fail(sequence, LightVLError("The model's logits were not finite on this request."))
+            else:
                 self._commit(choice, token_id, logprob)
-        self._metrics.add("images_encoded", len(result.outcome.encoded))
+        self._metrics.add("images_encoded_total", len(result.outcome.encoded))
 
     def _commit(self, choice: ActiveChoice, token_id: int, logprob: TokenLogprob | None) -> None:
         sequence, params = choice.sequence, choice.sequence.params

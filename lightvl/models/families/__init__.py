@@ -49,3 +49,15 @@ def build_family(
         f"config.json: architecture {', '.join(map(str, architectures)) or 'not given'} is not served; "
         f"served are {', '.join(FAMILIES)}"
     )
+
+
+CPU_IMAGE_TOKENS = 1280
+"""Default of `--max-image-tokens` on a CPU, where a tower takes seconds for more."""
+
+
+def default_image_tokens(hf_config: dict[str, Any], device: torch.device) -> int | None:
+    """What bounds an image when the operator does not say; None: the model's own limit. A cross-attention tower always
+    computes all its tiles, so there a bound would cost detail and save nothing."""
+    if device.type != "cpu" or "MllamaForConditionalGeneration" in (hf_config.get("architectures") or []):
+        return None
+    return CPU_IMAGE_TOKENS

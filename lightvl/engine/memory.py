@@ -1,0 +1,113 @@
+"""How much of everything fits: pages of both pools and feature rows, from the memory that is there. Pure numbers and
+their reasons; `build.py` asks, the start-up report tells."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from lightvl.attention.store import KVShape
+from lightvl.config import ServerConfig
+from lightvl.errors import ConfigError
+from lightvl.models.config import DecoderConfig
+
+CPU_MEM_FRACTION = 0.5
+CPU_MAX_TOTAL_TOKENS = 1 << 18  # a cache of that many tokens is large for what two to sixty-four cores can prefill
+FEATURE_SHARE = 0.1  # of the K,V memory, for features that replace rows
+CROSS_SHARE = 0.5  # of the K,V memory, for cross pages
+MIN_FEATURE_ROWS = 4096
+MIN_CROSS_IMAGES = 4
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryPlan:
+    num_pages: int
+    num_cross_pages: int
+    num_feature_rows: int
+    report: tuple[str, ...]
+
+
+def available_bytes() -> int:
+    """Free memory of this machine, within the cgroup's limit where there is one."""
+    fields = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+    available = int(fields["MemAvailable"].split()[0]) * 1024
+    limit_file, used_file = Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory.current")
+    if limit_file.is_file() and (limit := limit_file.read_text().strip()) != "max":
+        available = min(available, int(limit) - int(used_file.read_text()))
+    return max(0, available)
+
+
+def kv_shape(config: DecoderConfig) -> KVShape:
+    return KVShape(
+        num_layers=config.num_self_layers,
+        num_kv_heads=config.num_kv_heads,
+        head_dim=config.head_dim,
+        num_cross_layers=len(config.cross_layers),
+    )
+
+
+def plan_memory(
+    config: ServerConfig,
+    decoder: DecoderConfig,
+    *,
+    dtype: torch.dtype,
+    page_size: int,
+    context_len: int,
+    max_running: int,
+    takes_images: bool,
+    cross_page_len: int,
+    pages_per_cross_image: int,
+    largest_image_tokens: int,
+) -> MemoryPlan:
+    """Raises ConfigError when not even one page fits."""
+    shape = kv_shape(decoder)
+    fraction = config.mem_fraction_static if config.mem_fraction_static is not None else CPU_MEM_FRACTION
+    budget = int(available_bytes() * fraction)
+    told = f"{fraction:g} of the {available_bytes() / 2**30:.1f} GiB that are free"
+    report = []
+
+    num_cross_pages = 0
+    if cross_page_len:
+        page_bytes = shape.bytes_per_cross_page(cross_page_len, dtype)
+        wanted = max_running * pages_per_cross_image
+        least = MIN_CROSS_IMAGES * pages_per_cross_image
+        num_cross_pages = max(least, min(wanted, int(budget * CROSS_SHARE) // page_bytes))
+        budget -= num_cross_pages * page_bytes
+        report.append(
+            f"cross pages: {num_cross_pages} of {cross_page_len} rows, one per image tile "
+            f"({num_cross_pages * page_bytes / 2**20:,.0f} MiB)"
+        )
+
+    num_feature_rows = 0
+    if takes_images and not cross_page_len:
+        row_bytes = decoder.hidden_size * dtype.itemsize
+        least = max(MIN_FEATURE_ROWS, 2 * largest_image_tokens)
+        num_feature_rows = max(least, min(int(budget * FEATURE_SHARE) // row_bytes, 16 * least))
+        budget -= num_feature_rows * row_bytes
+        report.append(
+            f"image features: {num_feature_rows} rows held ({num_feature_rows * row_bytes / 2**20:,.0f} MiB)"
+        )
+
+    token_bytes = shape.bytes_per_token(dtype)
+    if config.max_total_tokens is not None:
+        num_tokens, why = config.max_total_tokens, "--max-total-tokens"
+        if num_tokens * token_bytes > budget:
+            why += f", more than {told}: it may not fit"
+    else:
+        most = max(CPU_MAX_TOTAL_TOKENS, 2 * context_len)
+        num_tokens, why = min(most, budget // token_bytes), told
+        if num_tokens == most:
+            why = "as many as are of use; less than the memory allows"
+    num_pages = num_tokens // page_size
+    if num_pages < 1:
+        raise ConfigError(
+            f"no memory for K,V pages: a page of {page_size} tokens takes {page_size * token_bytes} bytes, "
+            f"{max(0, budget)} are left of {told}; lower --page-size or raise --mem-fraction-static"
+        )
+    report.insert(
+        0,
+        f"K,V pages: {num_pages} of {page_size} tokens ({num_pages * page_size * token_bytes / 2**20:,.0f} MiB; {why})",
+    )
+    return MemoryPlan(num_pages, num_cross_pages, num_feature_rows, tuple(report))
