@@ -10,9 +10,12 @@ import numpy as np
 import torch
 
 from lightvl.models.families import build_family
-from lightvl.models.load import load_weights
+from lightvl.models.load import WeightPart, load_weights
 
 CPU = torch.device("cpu")
+OTHERS = WeightPart(
+    "decoder", (r"((?!(?:model\.)?(?:visual|vision_model|multi_modal_projector)\.).+)",), {}, excused=".+"
+)
 
 
 def noise(width: int, height: int, seed: int = 0) -> np.ndarray[Any, np.dtype[np.uint8]]:
@@ -35,20 +38,8 @@ def family_of(
     family: Any = build_family(config, folder, dtype=dtype, device=CPU, max_image_tokens=max_image_tokens)
     if load:
         with torch.inference_mode():
-            load_weights([*family.weight_parts(), everything_else()], folder)
+            load_weights([*family.weight_parts(), OTHERS], folder)
     return family
-
-
-def everything_else() -> Any:
-    """A part that excuses the decoder's weights."""
-    from lightvl.models.load import WeightPart
-
-    return WeightPart(
-        "decoder",
-        (r"((?:model|lm_head|language_model)\..+)",),
-        {},
-        excused=r"(?!model\.(?:visual|vision_model|multi_modal_projector)\.).+",
-    )
 
 
 def features_of(family: Any, rgb: np.ndarray[Any, np.dtype[np.uint8]], num_images: int = 1) -> torch.Tensor:

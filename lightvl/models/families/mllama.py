@@ -95,11 +95,12 @@ class MllamaFamily:
         rows = np.flatnonzero(ids == self.image_token_id).tolist()
         assert len(rows) == len(layouts), "one image token per image"
         image_rows: list[tuple[int, int]] = []
-        end = OPEN_END
-        for row, next_row in zip(reversed(rows), [OPEN_END, *reversed(rows[1:])], strict=True):
+        end = next_row = OPEN_END
+        for row in reversed(rows):
             if row + 1 != next_row:
                 end = next_row
             image_rows.append((row, end))
+            next_row = row
         return Expansion(ids, image_rows[::-1])
 
     def encode(
