@@ -22,7 +22,7 @@ from lightvl.engine.device import CpuDevice
 from lightvl.engine.engine import Engine
 from lightvl.engine.features import FeatureStore
 from lightvl.engine.inputs import PageTable
-from lightvl.engine.memory import MemoryPlan, kv_shape, plan_memory
+from lightvl.engine.memory import MemoryPlan, plan_memory
 from lightvl.engine.runner import Runner
 from lightvl.errors import BadRequest, ConfigError
 from lightvl.images.cache import MediaCounters
@@ -39,9 +39,10 @@ from lightvl.prompt.detokenizer import Detokenizer
 from lightvl.prompt.template import choose_template
 from lightvl.prompt.tokenizer import Tokenizer
 from lightvl.scheduling.image_store import ImageStore
+from lightvl.scheduling.limits import SchedulerLimits
 from lightvl.scheduling.pages import PagePool
 from lightvl.scheduling.radix_cache import RadixCache
-from lightvl.scheduling.scheduler import Scheduler, SchedulerLimits
+from lightvl.scheduling.scheduler import Scheduler
 
 DEMO_NAME = "lightvl-demo"
 CPU_PAGE_SIZE = 16
@@ -86,10 +87,9 @@ def build_service(config: ServerConfig, metrics: Metrics) -> LightVLService:
     dtype, dtype_reason = _pick_dtype(config, device)
     checkpoint = _checkpoint(config)
     hf_config = read_config(checkpoint)
-    image_tokens, image_reason = config.max_image_tokens, "--max-image-tokens"
+    image_tokens = config.max_image_tokens
     if image_tokens is None:
         image_tokens = default_image_tokens(hf_config, device)
-        image_reason = "the model's own limit" if image_tokens is None else "the default on a CPU"
 
     began = time.monotonic()
     model = load_model(
@@ -125,7 +125,7 @@ def build_service(config: ServerConfig, metrics: Metrics) -> LightVLService:
     )
 
     attention = CpuAttention(
-        kv_shape(decoder_config),
+        decoder_config.kv_shape,
         num_pages=memory.num_pages,
         page_size=page_size,
         dtype=dtype,
@@ -166,7 +166,7 @@ def build_service(config: ServerConfig, metrics: Metrics) -> LightVLService:
         f"chat template: {template_choice.name} ({template_choice.reason})",
         f"context: {context_len} tokens ({context_reason})",
         *memory.report,
-        *([_image_report(family, largest_tokens, largest_cross_pages, image_reason)] if takes_images else []),
+        *_image_report(family, largest_tokens, largest_cross_pages, config.max_image_tokens, image_tokens),
         f"running at once: up to {max_running} sequences; prefill chunks: up to "
         f"{'whole prompts' if chunk_tokens >= NO_CHUNKING else f'{chunk_tokens} tokens'}, "
         f"fewer while others decode (about {CPU_STEP_BUDGET_S:g} s a step)",
@@ -282,10 +282,18 @@ def _largest_image(family: Family) -> tuple[int, int]:
     return max(layout.num_tokens for layout in layouts), max(layout.num_cross_pages for layout in layouts)
 
 
-def _image_report(family: Family, num_tokens: int, num_cross_pages: int, reason: str) -> str:
+def _image_report(
+    family: Family, num_tokens: int, num_cross_pages: int, asked: int | None, bound: int | None
+) -> list[str]:
+    if family.image_token_id is None:
+        return ["images: none, a text-only model"]
+    reason = "the model's own limit"
+    largest_rows = num_cross_pages * family.cross_page_len or num_tokens
+    if bound is not None and 2 * largest_rows > bound:  # rounding to whole rows of tokens keeps it below the bound
+        reason = "--max-image-tokens" if asked is not None else "the default of --max-image-tokens on a CPU"
     if family.cross_page_len:
-        return f"images: 1 token and up to {num_cross_pages} tiles each ({reason})"
-    return f"images: up to {num_tokens} tokens each ({reason}); larger ones are scaled down"
+        return [f"images: 1 token and up to {num_cross_pages} tiles each ({reason})"]
+    return [f"images: up to {num_tokens} tokens each ({reason}); larger ones are scaled down"]
 
 
 def _read_json(path: Path) -> dict[str, Any]:

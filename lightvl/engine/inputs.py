@@ -64,7 +64,9 @@ def build_inputs(
     starts = np.cumsum([0, *q_lens])
 
     ids = torch.from_numpy(token_ids).to(device)
-    unknown = [(i, row.slot) for i, row in zip(starts[1:] - 1, rows, strict=True) if row.start + row.len > row.num_known]
+    unknown = [
+        (i, row.slot) for i, row in zip(starts[1:] - 1, rows, strict=True) if row.start + row.len > row.num_known
+    ]
     if unknown:
         at, slot = torch.tensor(unknown, dtype=torch.int64, device=device).T
         ids[at] = last_tokens[slot]
@@ -128,9 +130,7 @@ def _slots(row: Row, page_size: int) -> Int64Array:
     return slots
 
 
-def _cross_inputs(
-    rows: Seq[Row], starts: Int64Array, device: torch.device, dtype: torch.dtype
-) -> CrossInputs | None:
+def _cross_inputs(rows: Seq[Row], starts: Int64Array, device: torch.device, dtype: torch.dtype) -> CrossInputs | None:
     spans = []
     sees_image = np.zeros((int(starts[-1]), 1), dtype=np.float32)
     for offset, row in zip(starts, rows, strict=False):

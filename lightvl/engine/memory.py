@@ -8,7 +8,6 @@ from pathlib import Path
 
 import torch
 
-from lightvl.attention.store import KVShape
 from lightvl.config import ServerConfig
 from lightvl.errors import ConfigError
 from lightvl.models.config import DecoderConfig
@@ -39,15 +38,6 @@ def available_bytes() -> int:
     return max(0, available)
 
 
-def kv_shape(config: DecoderConfig) -> KVShape:
-    return KVShape(
-        num_layers=config.num_self_layers,
-        num_kv_heads=config.num_kv_heads,
-        head_dim=config.head_dim,
-        num_cross_layers=len(config.cross_layers),
-    )
-
-
 def plan_memory(
     config: ServerConfig,
     decoder: DecoderConfig,
@@ -62,7 +52,7 @@ def plan_memory(
     largest_image_tokens: int,
 ) -> MemoryPlan:
     """Raises ConfigError when not even one page fits."""
-    shape = kv_shape(decoder)
+    shape = decoder.kv_shape
     fraction = config.mem_fraction_static if config.mem_fraction_static is not None else CPU_MEM_FRACTION
     budget = int(available_bytes() * fraction)
     told = f"{fraction:g} of the {available_bytes() / 2**30:.1f} GiB that are free"
@@ -86,9 +76,7 @@ def plan_memory(
         least = max(MIN_FEATURE_ROWS, 2 * largest_image_tokens)
         num_feature_rows = max(least, min(int(budget * FEATURE_SHARE) // row_bytes, 16 * least))
         budget -= num_feature_rows * row_bytes
-        report.append(
-            f"image features: {num_feature_rows} rows held ({num_feature_rows * row_bytes / 2**20:,.0f} MiB)"
-        )
+        report.append(f"image features: {num_feature_rows} rows held ({num_feature_rows * row_bytes / 2**20:,.0f} MiB)")
 
     token_bytes = shape.bytes_per_token(dtype)
     if config.max_total_tokens is not None:

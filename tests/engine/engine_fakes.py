@@ -14,10 +14,11 @@ from lightvl.engine.device import StepResult
 from lightvl.engine.engine import Engine
 from lightvl.metrics import Metrics
 from lightvl.scheduling.image_store import ImageStore
+from lightvl.scheduling.limits import SchedulerLimits
 from lightvl.scheduling.pages import PagePool
 from lightvl.scheduling.plan import StepOutcome, StepPlan
 from lightvl.scheduling.radix_cache import RadixCache
-from lightvl.scheduling.scheduler import Scheduler, SchedulerLimits
+from lightvl.scheduling.scheduler import Scheduler
 from lightvl.scheduling.sequence import Sequence
 
 VOCAB = 50
@@ -29,7 +30,7 @@ def expected_token(sequence: Sequence, position: int) -> int:
 
 
 class FakeDevice:
-    """Two encode steps per image. `delay()` seconds pass before a step completes; `break_step(plan)` may return an error."""
+    """Two encode steps per image. `break_rows(plan)` and `break_encode(image)` may return an error."""
 
     def __init__(self, seed: int = 0) -> None:
         self._random = random.Random(seed)
