@@ -1,4 +1,4 @@
-"""For tests/vision: noise images, our families built from checkpoint folders, and a dense encoder attention."""
+"""For tests/vision: noise images, and our families built from checkpoint folders, with the CPU's encoder attention."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from lightvl.attention.cpu import encoder_attention
 from lightvl.models.families import build_family
 from lightvl.models.load import WeightPart, load_weights
 
@@ -20,14 +21,6 @@ OTHERS = WeightPart(
 
 def noise(width: int, height: int, seed: int = 0) -> np.ndarray[Any, np.dtype[np.uint8]]:
     return np.random.default_rng((seed, width, height)).integers(0, 256, (height, width, 3), np.uint8)
-
-
-def dense_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, seg_lens: list[int]) -> torch.Tensor:
-    parts = [
-        torch.nn.functional.scaled_dot_product_attention(*(x.transpose(0, 1) for x in segment)).transpose(0, 1)
-        for segment in zip(q.split(seg_lens), k.split(seg_lens), v.split(seg_lens), strict=True)
-    ]
-    return torch.cat(parts)
 
 
 def family_of(
@@ -45,7 +38,7 @@ def family_of(
 def features_of(family: Any, rgb: np.ndarray[Any, np.dtype[np.uint8]], num_images: int = 1) -> torch.Tensor:
     layout = family.plan_image(rgb.shape[1], rgb.shape[0], num_images=num_images)
     with torch.inference_mode():
-        *pauses, features = family.encode(family.preprocess(rgb, layout), layout, dense_attention)
+        *pauses, features = family.encode(family.preprocess(rgb, layout), layout, encoder_attention)
     assert pauses and all(pause is None for pause in pauses)
     assert len(features) == (layout.num_cross_pages * family.cross_page_len or layout.num_tokens)
     return features

@@ -19,7 +19,7 @@ from torch import nn
 from lightvl.models.linear import Linear
 from lightvl.models.load import Target
 from lightvl.models.vision.config import MllamaVisionConfig
-from lightvl.models.vision.vit import MLP, PatchEmbedding, attend, container_targets, layer_norm, mlp_chunks, parameter
+from lightvl.models.vision.vit import MLP, PatchEmbedding, attend, container_targets, layer_norm, parameter, row_chunks
 
 TILE_MULTIPLE = 8
 """Every tile is padded with zero rows to a multiple of this. They are seen by the real rows, so they must be kept."""
@@ -161,8 +161,8 @@ class _Layer(nn.Module):
         padding = attend(q[num_real:], k[:num_real], v[:num_real])
         x += _gated(self.proj(torch.cat((real, padding)).flatten(1)), self.gate_attn)
         yield
-        for rows in mlp_chunks(x):
-            rows += _gated(self.mlp(self.post_attention_layernorm(rows)), self.gate_ffn)
+        for rows in row_chunks(x):
+            x[rows] += _gated(self.mlp(self.post_attention_layernorm(x[rows])), self.gate_ffn)
         yield
 
     def weight_targets(self) -> dict[str, Target]:

@@ -17,7 +17,7 @@ from lightvl.models.linear import Linear
 from lightvl.models.load import Target
 from lightvl.models.rope import apply_rope
 from lightvl.models.vision.config import QwenVisionConfig
-from lightvl.models.vision.vit import MLP, PatchEmbedding, RMSNorm, container_targets, layer_norm, mlp_chunks
+from lightvl.models.vision.vit import MLP, PatchEmbedding, RMSNorm, container_targets, layer_norm, row_chunks
 
 NORM_EPS = 1e-6
 
@@ -56,10 +56,9 @@ class QwenTower(nn.Module):
         window_lens = [tokens * per_token for tokens in window_lens]
         for layer_idx, block in enumerate(self._blocks_in_order):
             whole = not config.window or layer_idx in config.full_attention_layers
-            x += block.attend(x, cos, sin, [len(x)] if whole else window_lens, attention)
+            block.attend(x, cos, sin, [len(x)] if whole else window_lens, attention)
             yield None
-            for rows in mlp_chunks(x):
-                rows += block.feed_forward(rows)
+            block.feed_forward(x)
             yield None
         features: torch.Tensor = self.merger(x)
         yield features[order.argsort()]
@@ -87,18 +86,21 @@ class _Block(nn.Module):
 
     def attend(
         self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, seg_lens: list[int], attention: EncoderAttention
-    ) -> torch.Tensor:
-        """What attention adds to x (N, size)."""
-        qkv = self.qkv(self.norm1(x)).view(len(x), 3 * self._num_heads, -1)
-        turned = apply_rope(qkv[:, : 2 * self._num_heads], cos, sin)
-        q, k = turned.chunk(2, 1)
-        out: torch.Tensor = self.proj(attention(q, k, qkv[:, 2 * self._num_heads :], seg_lens).reshape(len(x), -1))
-        return out
+    ) -> None:
+        """Add attention's part to x (N, size), in place."""
+        num_turned = 2 * self._num_heads  # q and k
+        qkv = x.new_empty(len(x), 3 * self._num_heads, x.shape[-1] // self._num_heads)
+        for rows in row_chunks(x):
+            part = self.qkv(self.norm1(x[rows])).view(-1, *qkv.shape[1:])
+            qkv[rows, :num_turned] = apply_rope(part[:, :num_turned], cos[rows], sin[rows])
+            qkv[rows, num_turned:] = part[:, num_turned:]
+        q, k, v = qkv.chunk(3, 1)
+        x += self.proj(attention(q, k, v, seg_lens).flatten(1))
 
-    def feed_forward(self, x: torch.Tensor) -> torch.Tensor:
-        """What the MLP adds to x."""
-        out: torch.Tensor = self.mlp(self.norm2(x))
-        return out
+    def feed_forward(self, x: torch.Tensor) -> None:
+        """Add the MLP's part to x, in place."""
+        for rows in row_chunks(x):
+            x[rows] += self.mlp(self.norm2(x[rows]))
 
     def weight_targets(self) -> dict[str, Target]:
         return container_targets(self)
