@@ -162,8 +162,8 @@ class Scheduler:
         self._demand.remove(sequence)
 
     def take_exhausted(self) -> list[Sequence]:
-        """Sequences that ran alone and found no page to go on: they end with "length". Look here when `plan` gave None, and
-        plan again after ending them."""
+        """Sequences that ran alone and found no page to go on: they end with "length". Look here when `plan` gave
+        None, and plan again after ending them."""
         exhausted, self._exhausted = self._exhausted, []
         return exhausted
 

@@ -1,8 +1,8 @@
 """A fake engine and device that drive the scheduler and check every plan against what a device would really see.
 
 The fake model is a hash chain: the K,V of token t is a hash of (K,V of token t - 1, key of token t), and the next token
-is a function of the last hash. So a page that is shared, copied, evicted, reused or dropped wrongly changes what is read,
-and the device notices at the very row; and every sequence has one right answer, whatever its company.
+is a function of the last hash. So a page that is shared, copied, evicted, reused or dropped wrongly changes what is
+read, and the device notices at the very row; and every sequence has one right answer, whatever its company.
 
 Steps run when they complete, as late as they can, in order: the device reads lists and slots as late as a real one may.
 """

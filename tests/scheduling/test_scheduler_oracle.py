@@ -9,9 +9,9 @@ import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
+from scheduling_helpers import Config, FakeEngine, answer_alone, make_prompt, random_pieces
 
 from lightvl.core import SamplingParams
-from scheduling_helpers import Config, FakeEngine, answer_alone, make_prompt, random_pieces
 
 
 def random_config(rng: random.Random) -> Config:
