@@ -66,7 +66,7 @@ class Tokenizer:
         self._coder = Backend.from_str(json.dumps(parts))
         self._coder.encode_special_tokens = True
         self._aliases = self._add_aliases(special)
-        self._real_ids = self._make_real_ids(parts["model"].get("unk_token"))
+        self._real_ids = self._make_real_ids(_unk_token(parts["model"]))
 
     @classmethod
     def load(cls, path: str, *, image_token_id: int | None = None) -> Tokenizer:
@@ -136,9 +136,10 @@ class Tokenizer:
         added: list[AddedToken] = []
         for number, content in enumerate(self._control_ids):
             aliases[content] = alias = f"\ue000{nonce}-{number}\ue001"
-            flags = {name: special.get(content, {}).get(name, False) for name in ("single_word", "lstrip", "rstrip")}
-            normalized = special.get(content, {}).get("normalized", False)
-            added.append(AddedToken(alias, special=False, normalized=normalized, **flags))
+            flags = {name: special.get(content, {}).get(name, False) for name in ("lstrip", "rstrip")}
+            # Not `normalized` (some old Llama tokenizers find a special token only after a space) nor `single_word`: an
+            # alias that is missed would be read as text.
+            added.append(AddedToken(alias, special=False, normalized=False, **flags))
         self._coder.add_tokens(added)
         return aliases
 
@@ -171,6 +172,12 @@ class Tokenizer:
 
 def _any_of(names: Iterable[str]) -> re.Pattern[str]:
     return re.compile("|".join(map(re.escape, names)) or r"(?!)")
+
+
+def _unk_token(model: dict[str, Any]) -> str | None:
+    if model.get("unk_id") is not None:  # Unigram
+        return str(model["vocab"][model["unk_id"]][0])
+    return model.get("unk_token")
 
 
 def _own_chat_template(path: str, hf: Any) -> str | None:
