@@ -14,12 +14,12 @@ import time
 from collections.abc import Awaitable, Callable, Sequence
 
 from aiohttp import web
+from aiohttp.http_exceptions import HttpProcessingError
 
 from lightvl.config import ServerConfig
 from lightvl.errors import ConfigError
 from lightvl.metrics import Metrics
 from lightvl.server import admin
-from lightvl.server.body import MAX_BODY_BYTES
 from lightvl.server.chat import chat_completions
 from lightvl.server.generate import generate
 from lightvl.server.greeting import greeting
@@ -48,7 +48,7 @@ _ADMIN: dict[str, Endpoint] = {
 
 
 def make_app(context: Context) -> web.Application:
-    app = web.Application(middlewares=[make_middleware(context.config.api_key)], client_max_size=MAX_BODY_BYTES)
+    app = web.Application(middlewares=[make_middleware(context.config.api_key)])
     for path, endpoint in _WORK.items():
         app.router.add_post(path, _work_handler(context, endpoint))
     for path, endpoint in _ADMIN.items():
@@ -58,6 +58,7 @@ def make_app(context: Context) -> web.Application:
 
 
 def make_runner(context: Context) -> web.AppRunner:
+    logging.getLogger("aiohttp.server").addFilter(_is_our_fault)
     # handler_cancellation: a client that leaves cancels its handler, whose Run then aborts the generation.
     return web.AppRunner(
         make_app(context),
@@ -66,6 +67,11 @@ def make_runner(context: Context) -> web.AppRunner:
         keepalive_timeout=KEEPALIVE_S,
         shutdown_timeout=CLOSE_S,
     )
+
+
+def _is_our_fault(record: logging.LogRecord) -> bool:
+    """aiohttp logs a trace for every port scanner that does not speak HTTP; those have been answered with 400."""
+    return record.exc_info is None or not isinstance(record.exc_info[1], HttpProcessingError)
 
 
 def _work_handler(context: Context, endpoint: Endpoint) -> Callable[[web.Request], Awaitable[web.StreamResponse]]:

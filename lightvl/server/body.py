@@ -13,10 +13,11 @@ import msgspec
 from aiohttp import web
 
 from lightvl.errors import BadRequest, PayloadTooLarge
+from lightvl.server.large_strings import put_back, take_out
 
 MAX_BODY_BYTES = 128 << 20
 INLINE_BYTES = 1 << 20
-"""Larger bodies are decoded in a thread: a megabyte takes about a millisecond of the loop."""
+"""Larger bodies are taken apart in a thread: a megabyte takes about a millisecond of the loop."""
 
 T = TypeVar("T", bound=msgspec.Struct)
 
@@ -28,11 +29,30 @@ _MISSING = re.compile(r"Object missing required field `(.*)`\Z", re.DOTALL)
 async def read_body(request: web.Request, type: type[T]) -> T:
     """The body as JSON, whatever its Content-Type says. Raises BadRequest, PayloadTooLarge."""
     if (request.content_length or 0) > MAX_BODY_BYTES:  # refused before it is received
-        raise PayloadTooLarge(f"The body has {request.content_length} bytes; the limit is {MAX_BODY_BYTES}.")
-    data = await request.read()
-    if len(data) <= INLINE_BYTES:
-        return decode(data, type)
-    return await asyncio.to_thread(decode, data, type)
+        raise _too_large()
+    chunks, num_bytes = [], 0
+    try:
+        async for chunk in request.content.iter_any():
+            num_bytes += len(chunk)
+            if num_bytes > MAX_BODY_BYTES:
+                raise _too_large()
+            chunks.append(chunk)
+    except web.RequestPayloadError as error:
+        raise BadRequest(f"The body could not be received: {error}", code="invalid_body") from None
+    if num_bytes <= INLINE_BYTES:
+        return decode(b"".join(chunks), type)
+    return await asyncio.to_thread(_decode_large, chunks, type)
+
+
+def _too_large() -> PayloadTooLarge:
+    return PayloadTooLarge(f"The body has more than the limit of {MAX_BODY_BYTES} bytes.")
+
+
+def _decode_large(chunks: list[bytes], type: type[T]) -> T:
+    data, texts = take_out(b"".join(chunks))  # a join this large lets go of the GIL
+    wire = decode(data, type)
+    put_back(wire, texts)
+    return wire
 
 
 def decode(data: bytes, type: type[T]) -> T:

@@ -16,8 +16,7 @@ import msgspec
 from aiohttp import hdrs, web
 from aiohttp.typedefs import Handler, Middleware
 
-from lightvl.errors import LightVLError, NotAuthorized, NotFound, PayloadTooLarge
-from lightvl.server.body import MAX_BODY_BYTES
+from lightvl.errors import LightVLError, NotAuthorized, NotFound
 
 log = logging.getLogger(__name__)
 
@@ -87,8 +86,6 @@ async def _answer(request: web.Request, handler: Handler, api_key: bytes | None,
         if api_key is not None and request.path not in _OPEN_PATHS:
             _authorize(request.headers.get(hdrs.AUTHORIZATION), api_key)
         return await handler(request)
-    except web.HTTPRequestEntityTooLarge:
-        return error_reply(PayloadTooLarge(f"The body has more than the limit of {MAX_BODY_BYTES} bytes."), request_id)
     except web.HTTPException as error:
         return _http_error(request, error, request_id)
     except Exception as error:

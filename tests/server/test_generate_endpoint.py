@@ -126,6 +126,15 @@ async def test_health(server: Running) -> None:
     assert status == 503 and reply["error"]["code"] == "unhealthy"
 
 
+async def test_time_to_the_first_token(server: Running) -> None:
+    server.service.engine.delay_s = 0.03
+    await server.chat("0123456789")
+    async with server.session.get(server.url + "/metrics") as response:
+        lines = dict(line.rsplit(" ", 1) for line in (await response.text()).splitlines() if line[0] != "#")
+    assert 0.025 < float(lines["lightvl:time_to_first_token_seconds_sum"]) < 0.2
+    assert float(lines["lightvl:e2e_request_latency_seconds_sum"]) > 0.25
+
+
 async def test_metrics(server: Running) -> None:
     await server.chat("Hello", n=2)
     server.context.metrics.gauge("images_decoded_total", lambda: 4)

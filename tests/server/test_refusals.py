@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from typing import Any
 
@@ -124,6 +125,23 @@ async def test_deep_nesting_in_an_accepted_field(server: Running) -> None:
     assert status == 400 and reply["error"]["type"] == "invalid_request_error", reply
 
 
+@pytest.mark.parametrize(
+    "head",
+    [
+        b"Content-Encoding: gzip\r\nContent-Length: 5\r\n\r\nxxxxx",
+        b"Transfer-Encoding: chunked\r\n\r\nzz\r\nxxxxx\r\n",
+        b"Content-Length: five\r\n\r\nxxxxx",
+    ],
+)
+async def test_broken_transfer(server: Running, head: bytes, caplog: pytest.LogCaptureFixture) -> None:
+    reader, writer = await asyncio.open_connection("127.0.0.1", server.port)
+    writer.write(b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\n" + head)
+    status = await asyncio.wait_for(reader.readline(), 2)
+    assert status.startswith(b"HTTP/1.1 400") or status.startswith(b"HTTP/1.0 400"), status
+    writer.close()
+    assert "Traceback" not in caplog.text
+
+
 async def test_unknown_model(server: Running) -> None:
     status, reply = await server.chat(model="gpt-9")
     assert status == 404 and reply["error"]["code"] == "model_not_found" and reply["error"]["param"] == "model"
@@ -144,9 +162,8 @@ async def test_too_large(server: Running, monkeypatch: pytest.MonkeyPatch) -> No
     assert status == 413 and reply["error"]["type"] == "invalid_request_error"
 
 
-async def test_too_large_without_a_length(start: Start, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lightvl.server.app.MAX_BODY_BYTES", 1000)
-    server = await start()
+async def test_too_large_without_a_length(server: Running, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lightvl.server.body.MAX_BODY_BYTES", 1000)
 
     async def endless() -> Any:
         for _ in range(10_000):
@@ -160,6 +177,7 @@ async def test_large_bodies_are_taken(server: Running) -> None:
     body = chat_body("x")
     body["messages"].insert(0, {"role": "user", "content": [{**IMAGE, "image_url": {"url": "A" * (3 << 20)}}]})
     assert (await server.post("/v1/chat/completions", body))[0] == 200
+    assert server.service.prompts.images[0].url == "A" * (3 << 20)
     body["oops"] = 1
     status, reply = await server.post("/v1/chat/completions", body)
     assert status == 400 and reply["error"]["param"] == "oops"

@@ -16,6 +16,7 @@ from server_fakes import FakePrompts
 from lightvl.core import Finish, SamplingParams
 from lightvl.errors import BadRequest
 from lightvl.metrics import Metrics
+from lightvl.server import large_strings
 from lightvl.server.body import decode
 from lightvl.server.chat import ChunkTemplate
 from lightvl.server.params import sampling_params
@@ -84,6 +85,54 @@ def test_params_hold_their_ranges(fields: dict[str, Any]) -> None:
     assert isinstance(params, SamplingParams)
     assert 0 <= params.temperature <= 2 and 0 < params.top_p <= 1 and params.top_k >= 0 and 0 <= params.min_p <= 1
     assert 0 < params.repetition_penalty <= 2 and 0 <= params.seed < 2**64 and 1 <= params.n <= 16
+
+
+long_texts = st.builds(
+    lambda piece, num, end: piece * num + end,
+    st.sampled_from(["A", "data:a/b,", "/", "é", '"', "\\", " x", ",", "\n", '\\"A']),
+    st.integers(0, 40),
+    st.text(max_size=3),
+)
+long_json = st.recursive(
+    long_texts | st.integers() | st.none(),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(long_texts, inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@given(long_json, st.booleans(), st.sampled_from([None, 1]))
+def test_long_strings_are_taken_out_and_put_back(value: Any, ascii_only: bool, indent: int | None) -> None:
+    data = json.dumps({"k": value}, ensure_ascii=ascii_only, indent=indent).encode()
+    expected = json.loads(data)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(large_strings, "LONG_BYTES", 8)
+        rest, texts = large_strings.take_out(data)
+    shown = json.loads(rest)
+    assert all(len(text) >= 8 for text in texts.values())
+    # keys stay placeholders: no field has a name that long
+    assert without_keys(large_strings.put_back(shown, texts)) == without_keys(expected)
+
+
+def without_keys(value: Any) -> Any:
+    if isinstance(value, dict):
+        return [without_keys(item) for item in value.values()]
+    return [without_keys(item) for item in value] if isinstance(value, list) else value
+
+
+def test_long_strings_leave_no_trace_in_the_rest() -> None:
+    url = "data:image/png;base64," + "A" * 100_000
+    data = json.dumps({"messages": [{"role": "user", "content": url}], "stop": ["x", url]}).encode()
+    rest, texts = large_strings.take_out(data)
+    assert len(rest) < 300 and list(texts.values()) == [url, url]
+    wire = large_strings.put_back(decode(rest, ChatRequest), texts)
+    assert wire.messages[0].content == url and wire.stop == ["x", url]
+
+
+def test_broken_json_stays_broken() -> None:
+    for broken in (b'{"a" AAAA', b'{"a"AAAA', b'{"a": "b" "'):
+        rest, _ = large_strings.take_out(broken + b"A" * 100_000 + b'"}')
+        with pytest.raises(ValueError):
+            json.loads(rest)
 
 
 def test_nulls_of_unknown_fields_pass_at_any_depth() -> None:
