@@ -71,7 +71,7 @@ def make_runner(context: Context) -> web.AppRunner:
 
 def _is_our_fault(record: logging.LogRecord) -> bool:
     """aiohttp logs a trace for every port scanner that does not speak HTTP; those have been answered with 400."""
-    return record.exc_info is None or not isinstance(record.exc_info[1], HttpProcessingError)
+    return record.exc_info is None or not isinstance(record.exc_info[1], HttpProcessingError | web.RequestPayloadError)
 
 
 def _work_handler(context: Context, endpoint: Endpoint) -> Callable[[web.Request], Awaitable[web.StreamResponse]]:
