@@ -73,3 +73,4 @@ class StepOutcome:
     failed: tuple[int, ...] = ()  # image keys whose encode raised; the engine ends the sequences that need them
     encode_s: float = 0.0
     rows_s: float = 0.0
+    rows_failed: bool = False  # the rows raised: nothing that they wrote counts; the engine ends their sequences

@@ -131,8 +131,9 @@ class Scheduler:
             if row.len > 1 or row.start < len(row.sequence.prompt):
                 num_tokens += row.len
                 num_pairs += attended_pairs(row.start, row.len)
-            self._complete_row(row, alloc)
-        self.budget.record(launched.num_decodes, num_tokens, num_pairs, outcome.rows_s)
+            self._complete_row(row, alloc, failed=outcome.rows_failed)
+        if not outcome.rows_failed:
+            self.budget.record(launched.num_decodes, num_tokens, num_pairs, outcome.rows_s)
 
     def commit_token(self, sequence: Sequence, token_id: int) -> None:
         sequence.output_ids.append(token_id)
@@ -381,9 +382,11 @@ class Scheduler:
         self._decodes_next = not draft.num_decodes
         return plan
 
-    def _complete_row(self, row: Row, alloc: Allocation) -> None:
+    def _complete_row(self, row: Row, alloc: Allocation, *, failed: bool) -> None:
         for sequence in row.samples:
             sequence.num_samples_in_flight -= 1
+        if failed:
+            return  # what these rows should have written stays uncounted, so it never enters the radix cache
         sequence, end = alloc.sequence, row.start + row.len
         in_prompt = end <= len(sequence.prompt)
         # After a take-over, rows behind the prompt hold the former owner's tokens: they do not count.
