@@ -134,14 +134,14 @@ async def _whole(run: Run, model: str) -> web.Response:
     choices = [
         ChatChoice(
             index=choice,
-            message=ReplyMessage("".join(texts[choice])),
+            message=ReplyMessage(content="".join(texts[choice])),
             logprobs=_choice_logprobs(prompts, logprobs[choice]) if run.params.top_logprobs is not None else None,
             finish_reason=run.finishes[choice].reason,
             matched_stop=run.finishes[choice].matched_stop,
         )
         for choice in range(run.params.n)
     ]
-    reply = ChatCompletion(run.request_id, int(time.time()), model, choices, run.usage())
+    reply = ChatCompletion(id=run.request_id, created=int(time.time()), model=model, choices=choices, usage=run.usage())
     return web.Response(body=_encode(reply), content_type="application/json", charset="utf-8")
 
 

@@ -224,9 +224,9 @@ class ChoiceLogprobs(Struct):
     refusal: None = None
 
 
-class ReplyMessage(Struct):
-    content: str
+class ReplyMessage(Struct, kw_only=True):
     role: str = "assistant"
+    content: str
     refusal: None = None
     tool_calls: None = None
 
@@ -251,13 +251,13 @@ class Usage(Struct):
     prompt_tokens_details: PromptTokensDetails
 
 
-class ChatCompletion(Struct):
+class ChatCompletion(Struct, kw_only=True):
     id: str
+    object: str = "chat.completion"
     created: int
     model: str
     choices: list[ChatChoice]
     usage: Usage
-    object: str = "chat.completion"
 
 
 class GenerateReply(Struct):
