@@ -17,6 +17,7 @@ from lightvl.errors import BadRequest
 RGB = np.ndarray[Any, np.dtype[np.uint8]]
 
 DEFAULT_MAX_PIXELS = 50_000_000
+_STRIP_PIXELS = 1 << 18
 _FORMATS = ("PNG", "JPEG", "MPO", "WEBP", "GIF", "BMP", "DIB", "TIFF", "ICO", "PPM", "AVIF", "JPEG2000")
 
 Image.init()
@@ -27,7 +28,7 @@ warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
 
 
 def decode_image(data: bytes, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> RGB:
-    """(height, width, 3) uint8, possibly read-only: the first frame, upright by EXIF, alpha composited on white.
+    """(height, width, 3) uint8: the first frame, upright by EXIF, alpha composited on white.
 
     Raises BadRequest, the field to be named by the caller, for what is not an image, is truncated, or has more than
     `max_pixels` (told from the header)."""
@@ -68,7 +69,17 @@ def to_rgb(image: Image.Image) -> RGB:
         converted = ImageCms.applyTransform(image, to_srgb)
         assert converted is not None  # only None when done in place
         image = converted
-    return np.asarray(image if image.mode == "RGB" else image.convert("RGB"))
+    return _to_array(image if image.mode == "RGB" else image.convert("RGB"))
+
+
+def _to_array(image: Image.Image) -> RGB:
+    """In strips: Pillow copies pixels out without letting other threads run, 30 ms for a 12-megapixel photo."""
+    rgb = np.empty((image.height, image.width, 3), dtype=np.uint8)
+    strip_len = max(1, _STRIP_PIXELS // max(1, image.width))
+    for top in range(0, image.height, strip_len):
+        bottom = min(top + strip_len, image.height)
+        rgb[top:bottom] = np.asarray(image.crop((0, top, image.width, bottom)))
+    return rgb
 
 
 def _to_8_bits(values: np.ndarray[Any, Any]) -> RGB:

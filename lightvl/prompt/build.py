@@ -121,7 +121,7 @@ class PromptBuilder:
         self._check_images(images)
         ids = list(token_ids)
         image_token_id = self._family.image_token_id
-        if any(not 0 <= token_id < self._limits.vocab_size and token_id != image_token_id for token_id in ids):
+        if any(not 0 <= token_id < self._limits.vocab_size for token_id in set(ids) - {image_token_id}):
             raise BadRequest(f"input_ids must be from 0 to {self._limits.vocab_size - 1}", param="input_ids")
         num_slots = 0 if image_token_id is None else ids.count(image_token_id)
         if num_slots == 0 and images:

@@ -24,6 +24,9 @@ DEFAULT_IMAGE_TOKEN = "<image>"  # where a checkpoint's tokenizer has no image t
 _PARALLEL_CHARS = 2048  # from here on worth the call that lets other threads run meanwhile
 
 
+IntArray = np.ndarray[Any, np.dtype[np.int64]]
+
+
 class Tokenizer:
     """Encodes a whole prompt as one string, as HF would, so that ids equal HF's on clean text in every detail.
 
@@ -92,9 +95,8 @@ class Tokenizer:
         puts one there itself, BOS starts the prompt; there is never more than one. Raises BadRequest."""
         text = "".join(map(self._written_with_aliases, segments))
         coded = np.asarray(self._encode_text(text), dtype=np.int64)
-        ids: list[int] = self._real_ids[coded].tolist()
-        if -1 in ids:
-            ids = self._respell(ids, coded.tolist())
+        real = self._real_ids[coded]
+        ids: list[int] = self._respell(real, coded) if (real < 0).any() else real.tolist()
         if self.bos_token_id is None:
             return ids
         num_bos = next((i for i, token_id in enumerate(ids) if token_id != self.bos_token_id), len(ids))
@@ -143,7 +145,7 @@ class Tokenizer:
         self._coder.add_tokens(added)
         return aliases
 
-    def _make_real_ids(self, unk_token: str | None) -> np.ndarray[Any, np.dtype[np.int64]]:
+    def _make_real_ids(self, unk_token: str | None) -> IntArray:
         """From the coder's ids to the model's. -1 for a special token that did not come from an alias: some models'
         vocabularies hold these among the ordinary pieces, where text may hit them. Not so for the unknown token."""
         size = max(self._coder.get_vocab(with_added_tokens=True).values()) + 1
@@ -156,17 +158,16 @@ class Tokenizer:
             real_ids[self._coder.token_to_id(alias)] = self._control_ids[content]
         return real_ids
 
-    def _respell(self, ids: list[int], coded: list[int]) -> list[int]:
+    def _respell(self, real: IntArray, coded: IntArray) -> list[int]:
         """Spells client text that hit a special token character by character instead."""
         result: list[int] = []
-        for token_id, code in zip(ids, coded, strict=True):
-            if token_id != -1:
+        for token_id, code in zip(real.tolist(), coded.tolist(), strict=True):
+            if token_id >= 0:
                 result.append(token_id)
                 continue
-            pieces = [
-                piece for char in self._coder.id_to_token(code) or "" for piece in self._coder.model.tokenize(char)
-            ]
-            result += [piece.id for piece in pieces if self._real_ids[piece.id] != -1]
+            for char in self._coder.id_to_token(code) or "":
+                pieces = [int(self._real_ids[piece.id]) for piece in self._coder.model.tokenize(char)]
+                result += [piece_id for piece_id in pieces if piece_id >= 0]
         return result
 
 

@@ -109,8 +109,12 @@ def test_every_mode() -> None:
 
 @pytest.mark.parametrize(
     ("values", "expected"),
-    [([0.0, 0.5, 1.0], [0, 128, 255]), ([0.0, 100.4, 255.0], [0, 100, 255]), ([0.0, 5e5, 1e6], [0, 128, 255]),
-     ([float("nan"), -3.0, 1.0], [0, 0, 255])],
+    [
+        ([0.0, 0.5, 1.0], [0, 128, 255]),
+        ([0.0, 100.4, 255.0], [0, 100, 255]),
+        ([0.0, 5e5, 1e6], [0, 128, 255]),
+        ([float("nan"), -3.0, 1.0], [0, 0, 255]),
+    ],
 )
 def test_floats(values: list[float], expected: list[int]) -> None:
     image = Image.fromarray(np.array([values], dtype=np.float32))
@@ -136,7 +140,9 @@ def test_truncated(format: str) -> None:
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.binary(max_size=200), st.sampled_from([b"", b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"GIF89a", b"BM", b"II*\0"]))
+@given(
+    st.binary(max_size=200), st.sampled_from([b"", b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff", b"GIF89a", b"BM", b"II*\0"])
+)
 def test_garbage(data: bytes, head: bytes) -> None:
     try:
         decode_image(head + data, max_pixels=10_000)

@@ -35,7 +35,8 @@ class FakeResolver(AbstractResolver):
         self.asked.append(host)
         addresses = self.answers.pop(0) if len(self.answers) > 1 else self.answers[0]
         return [
-            ResolveResult(hostname=host, host=ip, port=port, family=socket.AF_INET, proto=0, flags=0) for ip in addresses
+            ResolveResult(hostname=host, host=ip, port=port, family=socket.AF_INET, proto=0, flags=0)
+            for ip in addresses
         ]
 
     async def close(self) -> None:
@@ -47,6 +48,7 @@ class Site:
 
     def __init__(self) -> None:
         self.seen: list[web.Request] = []
+        self.asked = asyncio.Event()
         self.gate = asyncio.Event()
         self.gate.set()
         self.port = 0
@@ -56,6 +58,7 @@ class Site:
 
     async def handle(self, request: web.Request) -> web.StreamResponse:
         self.seen.append(request)
+        self.asked.set()
         path = request.path
         if path == "/ok":
             await self.gate.wait()
@@ -146,8 +149,7 @@ async def test_simultaneous_requests_share_one_download(site: Site) -> None:
     site.gate.clear()
     async with fetcher() as made:
         callers = [asyncio.create_task(made.fetch(site.url("/ok"), param=PARAM)) for _ in range(8)]
-        while not site.seen:
-            await asyncio.sleep(0.01)
+        await site.asked.wait()
         callers[0].cancel()
         callers[3].cancel()
         await asyncio.sleep(0.02)
@@ -276,7 +278,8 @@ ENCODED = base64.b64encode(BODY).decode()
 
 @pytest.mark.parametrize(
     "text",
-    [f"data:image/png;base64,{ENCODED}", f"DATA:image/svg+xml;charset=utf-8;BASE64,{ENCODED}", f"data:;base64,{ENCODED}",
+    [f"data:image/png;base64,{ENCODED}",
+     f"DATA:image/svg+xml;charset=utf-8;BASE64,{ENCODED}", f"data:;base64,{ENCODED}",
      f"data:image/x-odd;name=a%20b.png;base64,{ENCODED}", ENCODED, "\n" + base64.encodebytes(BODY).decode(),
      "data:image/jpeg;base64," + base64.encodebytes(BODY).decode().replace("\n", "\r\n")],
 )  # fmt: skip
@@ -297,7 +300,8 @@ async def test_long_base64_leaves_the_loop() -> None:
 @pytest.mark.parametrize(
     "text",
     ["", "data:image/png;base64,", "data:text/html;base64,aGk=", "data:image/png,abc", "data:image/png;base64",
-     "/etc/passwd", "image.png", "aGk", "aGk=x", "aG-_", "a" * 70_001, "file:///etc/passwd", "ftp://a.b/c.png", "C:\\a.png",
+     "/etc/passwd", "image.png", "aGk", "aGk=x", "aG-_", "a" * 70_001, "file:///etc/passwd", "ftp://a.b/c.png",
+     "C:\\a.png",
      "gopher://x", "javascript:alert(1)", "http://", "http:///x", "http://[::1", "https://user@example.org/x.png",
      "http://a:99999/", "http:example.org", "http://" + "a" * 9000, "//example.org/x.png", "aGk=\0", "🎉"],
 )  # fmt: skip

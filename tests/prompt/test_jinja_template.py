@@ -20,12 +20,13 @@ IMAGE = ImagePart("x", "messages[0].content[0].image_url")
 
 QWEN2_VL = (
     "{% set image_count = namespace(value=0) %}{% for message in messages %}{% if loop.first and message['role'] != "
-    "'system' %}<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% endif %}<|im_start|>{{ message['role'] }}"
-    "\n{% if message['content'] is string %}{{ message['content'] }}<|im_end|>\n{% else %}{% for content in "
+    "'system' %}<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n{% endif %}<|im_start|>"
+    "{{ message['role'] }}\n{% if message['content'] is string %}{{ message['content'] }}"
+    "<|im_end|>\n{% else %}{% for content in "
     "message['content'] %}{% if content['type'] == 'image' or 'image_url' in content %}{% set image_count.value = "
-    "image_count.value + 1 %}<|vision_start|><|image_pad|><|vision_end|>{% elif 'text' in content %}{{ content['text'] }}"
-    "{% endif %}{% endfor %}<|im_end|>\n{% endif %}{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n"
-    "{% endif %}"
+    "image_count.value + 1 %}<|vision_start|><|image_pad|><|vision_end|>{% elif 'text' in content %}"
+    "{{ content['text'] }}{% endif %}{% endfor %}<|im_end|>\n{% endif %}{% endfor %}{% if add_generation_prompt %}"
+    "<|im_start|>assistant\n{% endif %}"
 )
 TEXT_ONLY = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] | trim + '<|im_end|>'"
@@ -195,7 +196,10 @@ def test_generation_prompt_may_be_left_out() -> None:
 
 def test_templates_that_refuse() -> None:
     _, tokenizer = qwen()
-    source = "{% for m in messages %}{% if m.content == 'bad' %}{{ raise_exception('Not this.') }}{% endif %}{{ m.content }}{% endfor %}"
+    source = (
+        "{% for m in messages %}{% if m.content == 'bad' %}{{ raise_exception('Not this.') }}{% endif %}{{ m.content }}"
+        "{% endfor %}"
+    )
     template = JinjaTemplate(source, name="t", tokenizer=tokenizer)
     with pytest.raises(BadRequest, match=r"Not this\."):
         render(template, chat(("user", ("bad",))))
@@ -269,6 +273,9 @@ class TestChoice:
 def test_llama_3_style_bos_once() -> None:
     hf = byte_level(LLAMA_3, bos="<|begin_of_text|>", eos="<|eot_id|>")
     tokenizer = Tokenizer(hf, image_token_id=hf.convert_tokens_to_ids("<|image|>"))
-    source = "{{ bos_token }}{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n{{ m.content }}{% endfor %}"
+    source = (
+        "{{ bos_token }}{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n{{ m.content }}"
+        "{% endfor %}"
+    )
     ids = tokenizer.encode(render(JinjaTemplate(source, name="t", tokenizer=tokenizer), chat(("user", ("hi",)))))
     assert ids.count(hf.bos_token_id) == 1 and ids[0] == hf.bos_token_id
