@@ -15,6 +15,8 @@ from lightvl.scheduling.allocation import Allocation, Allocator, Claim
 from lightvl.scheduling.radix_cache import RadixNode
 from lightvl.scheduling.sequence import Sequence
 
+MAX_LOOKED_AT = 2048  # pages of the radix cache looked at in one step's admission: bounds the time that it takes
+
 
 def by_arrival(sequence: Sequence) -> int:
     return sequence.arrival
@@ -28,8 +30,18 @@ class Place:
     claim: Claim | None
 
 
+@dataclass(slots=True)
+class Admission:
+    """How far one step's admission has come."""
+
+    num_reserved: int  # pages that running sequences are sure to ask for
+    look_until: int  # value of `num_looked_at` at which it ends
+    idx: int = 0  # place in the queue; those before it were passed over
+
+
 class WaitingQueue:
     def __init__(self, allocator: Allocator) -> None:
+        self.num_looked_at = 0  # pages matched or taken over from the radix cache, ever
         self._allocator = allocator
         self._queue: list[Sequence] = []
         self._places: dict[Sequence, Place] = {}
@@ -49,33 +61,34 @@ class WaitingQueue:
         del self._queue[idx]
         self._places.pop(sequence, None)
 
-    def admit(self, running: list[Allocation]) -> list[Allocation]:
-        """Make resident whoever has a slot and room for all its known tokens beside what the running ones still need.
-        The first in line is always admitted when nothing runs. Returns the new ones in arrival order."""
+    def begin(self, running: list[Allocation]) -> Admission:
+        """Admission into one step."""
+        reserved = sum(map(self._pages_to_come, running)) if self._queue else 0
+        return Admission(reserved, self.num_looked_at + MAX_LOOKED_AT)
+
+    def admit_next(self, admission: Admission, before: float, *, anyone_runs: bool) -> Allocation | None:
+        """Make the next in line resident, if it arrived before `before`, has a slot, and has room for all its known
+        tokens beside what the running ones still need. The first in line needs no room when nobody runs."""
         allocator = self._allocator
-        admitted: list[Allocation] = []
-        if not self._queue or not allocator.has_slot:
-            return admitted
-        reserved = sum(self._pages_to_come(alloc) for alloc in running)
-        idx = 0
-        while idx < len(self._queue) and allocator.has_slot:
-            sequence = self._queue[idx]
-            if sequence.num_samples_in_flight:
-                idx += 1
-                continue
-            place = self._look_up(sequence)
-            if place is not None and place.claim is not None:
-                idx += 1
+        while admission.idx < len(self._queue) and allocator.has_slot and self.num_looked_at < admission.look_until:
+            sequence = self._queue[admission.idx]
+            if sequence.arrival >= before:
+                return None
+            place = self._look_up(sequence) if not sequence.num_samples_in_flight else None
+            if sequence.num_samples_in_flight or (place is not None and place.claim is not None):
+                admission.idx += 1
                 continue
             node = place.node if place is not None else None
-            if (running or admitted) and not self._has_room(sequence, node, reserved):
-                break
-            del self._queue[idx]
+            if anyone_runs and not self._has_room(sequence, node, admission.num_reserved):
+                admission.idx = len(self._queue)  # those behind it do not overtake it
+                return None
+            del self._queue[admission.idx]
             self._places.pop(sequence, None)
             alloc = allocator.admit(sequence, node)
-            reserved += self._pages_to_come(alloc)
-            admitted.append(alloc)
-        return admitted
+            self.num_looked_at += alloc.num_entered
+            admission.num_reserved += self._pages_to_come(alloc)
+            return alloc
+        return None
 
     def num_matched(self, sequence: Sequence) -> int:
         """Tokens of a waiting sequence that the radix cache holds now."""
@@ -119,6 +132,7 @@ class WaitingQueue:
         claim: Claim | None = None
         if (node.depth + 1) * allocator.page_size <= max_tokens:
             claim = (node, allocator.page_key(sequence, node.depth))
+        self.num_looked_at += node.depth - (place.node.depth if place is not None and place.node.is_in_tree else 0)
         place = Place(node, claim if claim in allocator.claims else None)
         self._places[sequence] = place
         return place

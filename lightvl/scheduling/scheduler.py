@@ -16,7 +16,7 @@ from collections import deque
 from dataclasses import dataclass, field
 
 from lightvl.core import Prompt, PromptImage, SamplingParams
-from lightvl.scheduling.admission import WaitingQueue
+from lightvl.scheduling.admission import Admission, WaitingQueue
 from lightvl.scheduling.allocation import Allocation, Allocator
 from lightvl.scheduling.budget import PrefillBudget, attended_pairs
 from lightvl.scheduling.forks import ForkGroups
@@ -190,12 +190,8 @@ class Scheduler:
         chunks_turn = not self.limits.mix_rows and not self._decodes_next
         if not chunks_turn:
             self._draft_decodes(draft)
-        if admit and not draft.num_preempted:
-            for alloc in self._waiting.admit(self._running):
-                insort(self._running, alloc, key=lambda a: a.sequence.arrival)
-                self._alloc_of[alloc.sequence] = alloc
         if self.limits.mix_rows or not draft.rows:
-            self._draft_chunks(draft)
+            self._draft_chunks(draft, admit=admit)
         if chunks_turn and not draft.rows:
             self._draft_decodes(draft)
         if self._demand and not draft.images_blocked:
@@ -235,42 +231,61 @@ class Scheduler:
             alloc.decode_view = tuple(page for image in seen for page in self._cross_pages(image.key))
         return (CrossView(row, row + 1, alloc.decode_view),) if alloc.decode_view else ()
 
-    def _draft_chunks(self, draft: Draft) -> None:
+    def _draft_chunks(self, draft: Draft, *, admit: bool) -> None:
+        """Chunks by arrival, of resident sequences and of those that are admitted while there is budget left for them:
+        whoever is admitted later finds more in the radix cache."""
         limits = self.limits
         tokens_left, seconds_left = limits.chunk_tokens, float("inf")
-        floor = min(max(MIN_CHUNK, limits.page_size), limits.chunk_tokens)
-        streams_run = self._streams_run()
-        if streams_run:
+        floor = min(max(MIN_CHUNK, limits.page_size), limits.chunk_tokens)  # one chunk at least, whatever it costs
+        if self._streams_run():
             seconds_left = limits.step_budget_s - self.budget.decode_s
             if not self.budget.is_known:
                 tokens_left = max(tokens_left // 4, floor)
-        for alloc in tuple(self._running):
-            if not alloc.prefilling or alloc.released:
-                continue
-            sequence = alloc.sequence
-            start, num_known = sequence.num_scheduled, sequence.num_tokens
+        prefilling = deque(alloc for alloc in self._running if alloc.prefilling)
+        admission = self._waiting.begin(self._running)
+        while tokens_left > 0 and (seconds_left > 0.0 or floor):
+            alloc = None
+            if admit and not draft.num_preempted:
+                alloc = self._admit(admission, prefilling[0].sequence.arrival if prefilling else float("inf"))
+            if alloc is None:
+                if not prefilling:
+                    break
+                alloc = prefilling.popleft()
             most = tokens_left
-            if streams_run:
-                most = min(most, max(self.budget.tokens_within(seconds_left, start), floor))
-            end = self._images_until(draft, alloc, start, min(num_known, start + most))
-            if end > start:
-                end = self._grow_chunk(draft, alloc, start, end)
-            if end <= start:
-                continue
-            samples: tuple[Sequence, ...] = ()
-            if end == num_known:
-                samples = (sequence, *self._forks.siblings(sequence))
-            images = overlapping(sequence.prompt.images, start, end)
-            cross: tuple[CrossView, ...] = ()
-            if self._images.paged:
-                images, cross = (), cross_views(images, start, end, self._cross_pages)
-            row = Row(sequence, start, end - start, sequence.pages, num_known, sequence.slot, samples, images, cross)
-            draft.rows.append((alloc, row))
-            tokens_left -= row.len
-            seconds_left -= self.budget.seconds(start, row.len)
-            floor = 0  # one chunk at least; more only within the budget
-            if tokens_left <= 0 or seconds_left <= 0.0:
-                break
+            if seconds_left < float("inf"):
+                most = min(most, max(self.budget.tokens_within(seconds_left, alloc.sequence.num_scheduled), floor))
+            row = self._draft_chunk(draft, alloc, most) if not alloc.released else None
+            if row is not None:
+                draft.rows.append((alloc, row))
+                tokens_left -= row.len
+                seconds_left -= self.budget.seconds(row.start, row.len)
+                floor = 0
+
+    def _admit(self, admission: Admission, before: float) -> Allocation | None:
+        alloc = self._waiting.admit_next(admission, before, anyone_runs=bool(self._running))
+        if alloc is not None:
+            insort(self._running, alloc, key=lambda a: a.sequence.arrival)
+            self._alloc_of[alloc.sequence] = alloc
+        return alloc
+
+    def _draft_chunk(self, draft: Draft, alloc: Allocation, most: int) -> Row | None:
+        """At most `most` tokens of a prompt (or of what is computed again after a preemption)."""
+        sequence = alloc.sequence
+        start, num_known = sequence.num_scheduled, sequence.num_tokens
+        end = self._images_until(draft, alloc, start, min(num_known, start + most))
+        if end > start:
+            end = self._grow_chunk(draft, alloc, start, end)
+        if end <= start:
+            return None
+        samples: tuple[Sequence, ...] = ()
+        if end == num_known:
+            samples = (sequence, *self._forks.siblings(sequence))
+        images = overlapping(sequence.prompt.images, start, end)
+        cross: tuple[CrossView, ...] = ()
+        if self._images.paged:
+            images, cross = (), cross_views(images, start, end, self._cross_pages)
+        pages, slot = sequence.pages, sequence.slot
+        return Row(sequence, start, end - start, pages, num_known, slot, samples, images, cross)
 
     # Pages
 

@@ -83,7 +83,7 @@ def test_much_random_traffic(block: int) -> None:
 def test_traffic_reaches_the_hard_cases() -> None:
     """The random traffic is worth something only if it preempts, hits prefixes, forks, aborts and exhausts."""
     engines = [run_traffic(seed) for seed in range(60)]
-    assert sum(engine.scheduler.num_preempted for engine in engines) > 50
+    assert sum(engine.scheduler.num_preempted for engine in engines) > 25
     assert sum(s.num_cached > 0 for engine in engines for s in engine.ended) > 50
     assert sum(s.choice > 0 for engine in engines for s in engine.ended) > 50
     reasons = [reason for engine in engines for reason in engine.ended.values()]
