@@ -1,0 +1,175 @@
+"""The whole service (prompt, scheduler, encodes, decoder, sampler) against HF transformers, under any chunking, prefix
+hit, preemption and company. The core tier walks pairs of the grid; `-m full` walks all of it."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from parity_helpers import FAMILIES, IMAGE_FAMILIES, Answer, Oracle, Part, ask, assert_same, serving
+
+from lightvl.engine import memory
+
+Turns = list[tuple[str, list[Part]]]
+GetOracle = Callable[[str], Oracle]
+
+SIZES = [(28, 28), (100, 57), (33, 160), (260, 40), (9, 11), (203, 190), (57, 58)]
+
+
+def question(num_images: int, case: int, *, words: str = "What is in these pictures?") -> Turns:
+    """Images of odd sizes at various places: first, between texts, after the text, two in a row."""
+    images: list[Part] = [(*SIZES[(case + i) % len(SIZES)], 31 * case + i) for i in range(num_images)]
+    layouts: list[list[Part]] = [
+        [*images, words],
+        [piece for image in images for piece in ("See", image)] + [words],
+        [words, *images],
+    ]
+    turns: Turns = [("system", ["Be brief."])] if case % 2 else []
+    return [*turns, ("user", layouts[case % 3])]
+
+
+GRID = [
+    (family, num_images, chunk)
+    for family in FAMILIES
+    for num_images in range(4 if family in IMAGE_FAMILIES else 1)
+    for chunk in (16, 37, 512)
+]
+PAIRS = [cell for i, cell in enumerate(GRID) if i % 3 == (i // 3) % 3]
+
+
+async def check_grid_cell(oracle: Oracle, num_images: int, chunk: int, case: int, **flags: Any) -> None:
+    turns = question(num_images, case)
+    async with serving(oracle, chunked_prefill_size=chunk, **flags) as service:
+        first = (await ask(service, turns))[0]
+        assert_same(oracle, turns, first)
+        again = (await ask(service, turns))[0]
+        assert_same(oracle, turns, again)
+        assert again.token_ids == first.token_ids
+        assert first.finish is not None and again.finish is not None
+        assert first.finish.cached_tokens == 0
+        page_size = flags.get("page_size") or 16
+        assert again.finish.cached_tokens >= again.finish.prompt_tokens - page_size
+        if num_images:
+            assert service.prompts.counters.decodes == num_images, "an image was decoded again"
+            assert service.prompts.counters.preprocesses == num_images
+
+
+@pytest.mark.parametrize(("family", "num_images", "chunk"), PAIRS)
+async def test_grid(oracle_of: GetOracle, family: str, num_images: int, chunk: int) -> None:
+    await check_grid_cell(oracle_of(family), num_images, chunk, case=num_images + chunk)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(("family", "num_images", "chunk"), GRID)
+@pytest.mark.parametrize("page_size", [1, 5, 16])
+@pytest.mark.parametrize("case", range(6))
+async def test_whole_grid(
+    oracle_of: GetOracle, family: str, num_images: int, chunk: int, page_size: int, case: int
+) -> None:
+    await check_grid_cell(oracle_of(family), num_images, chunk, case, page_size=page_size)
+
+
+@pytest.mark.parametrize("family", IMAGE_FAMILIES)
+async def test_another_question_and_a_second_turn_reuse_the_prefix(oracle_of: GetOracle, family: str) -> None:
+    oracle = oracle_of(family)
+    images: list[Part] = [(120, 90, 1), (61, 140, 2)]
+    first: Turns = [("user", ["Look closely.", *images, "How many circles are in the first picture?"])]
+    other: Turns = [("user", ["Look closely.", *images, "Which of the two is brighter, and why?"])]
+    async with serving(oracle, chunked_prefill_size=64) as service:
+        answer = (await ask(service, first))[0]
+        assert_same(oracle, first, answer)
+        encoded = service.engine._scheduler._images.num_encoded
+        shared = _shared_len(oracle, first, other)
+        reply = (await ask(service, other))[0]
+        assert_same(oracle, other, reply)
+        assert reply.finish is not None and reply.finish.cached_tokens >= shared // 16 * 16
+        follow: Turns = [*first, ("assistant", [answer.text]), ("user", ["And the second?", (40, 40, 3)])]
+        again = (await ask(service, follow))[0]
+        assert_same(oracle, follow, again)
+        assert again.finish is not None and again.finish.cached_tokens > 0
+        assert service.engine._scheduler._images.num_encoded == encoded + 1, "only the new image is encoded"
+        assert service.prompts.counters.decodes == 3
+
+
+def _shared_len(oracle: Oracle, first: Turns, second: Turns) -> int:
+    pairs = zip(oracle.prepare(first)[0], oracle.prepare(second)[0], strict=False)
+    return sum(1 for _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+
+
+@pytest.mark.parametrize("family", ["qwen2_vl", "mllama", "qwen2"])
+async def test_sixteen_at_once_share_work_and_disturb_nobody(oracle_of: GetOracle, family: str) -> None:
+    oracle = oracle_of(family)
+    image: list[Part] = [(90, 120, 5)] if family in IMAGE_FAMILIES else []
+    same = [("user", [*image, f"Question number {i}: what do you see there?"]) for i in range(10)]
+    mixed = [question(i % 3 if image else 0, i) for i in range(6)]
+    everything: list[Turns] = [[turn] for turn in same] + mixed  # type: ignore[list-item]
+    async with serving(oracle, chunked_prefill_size=48) as service:
+        answers = await asyncio.gather(*(ask(service, turns) for turns in everything))
+        for turns, (answer,) in zip(everything, answers, strict=True):
+            assert_same(oracle, turns, answer)
+        if image:
+            num_different = 1 + sum(i % 3 for i in range(6))
+            assert service.engine._scheduler._images.num_encoded == num_different
+        shared = [answer.finish.cached_tokens for (answer,) in answers[1:10] if answer.finish]
+        assert min(shared) >= 16, "the common part was computed more than once"
+
+
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen2_5_vl", "mllama", "llama"])
+async def test_preemption_loses_nothing(oracle_of: GetOracle, family: str) -> None:
+    """Pools so small that running sequences must give way again and again."""
+    oracle = oracle_of(family)
+    all_turns = [question(1 if family in IMAGE_FAMILIES else 0, i, words="Tell me more. " * 3) for i in range(6)]
+    longest = max(len(oracle.prepare(turns)[0]) for turns in all_turns)
+    async with serving(oracle, max_total_tokens=longest + 96, page_size=4, chunked_prefill_size=32) as service:
+        answers = await asyncio.gather(*(ask(service, turns, max_tokens=40) for turns in all_turns))
+        for turns, (answer,) in zip(all_turns, answers, strict=True):
+            assert_same(oracle, turns, answer)
+        assert service.engine._scheduler.num_preempted > 0, "the test preempts nobody"
+
+
+@pytest.mark.parametrize("family", ["qwen2_vl", "mllama"])
+async def test_choices_fork_after_one_prefill(oracle_of: GetOracle, family: str) -> None:
+    oracle = oracle_of(family)
+    turns = question(1, 0)
+    async with serving(oracle, disable_radix_cache=True) as service:
+        answers = await ask(service, turns, n=3)
+        assert all(answer.token_ids == answers[0].token_ids for answer in answers)
+        assert_same(oracle, turns, answers[0])
+        warm = {"temperature": 1.0, "seed": 7}
+        drawn = await ask(service, turns, n=3, max_tokens=16, **warm)
+        assert len({tuple(answer.token_ids) for answer in drawn}) > 1
+        alone: list[Answer] = await ask(service, turns, n=1, max_tokens=16, **warm)
+        assert alone[0].token_ids == drawn[0].token_ids, "a choice depends on its company"
+
+
+@pytest.mark.parametrize("family", ["qwen2_vl", "mllama"])
+async def test_evicted_images_are_made_again(
+    oracle_of: GetOracle, family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A feature store (or cross pool) for few images, and too few pages to keep the prompts: what is asked again is
+    encoded again, and a prefix hit in front of evicted cross pages is kept."""
+    monkeypatch.setattr(memory, "MIN_FEATURE_ROWS", 64)
+    monkeypatch.setattr(memory, "FEATURE_SHARE", 0.0)
+    monkeypatch.setattr(memory, "MIN_CROSS_IMAGES", 2)
+    oracle = oracle_of(family)
+    turns = [question(2, i) for i in range(8)]
+    num_tokens = 4096 if family == "mllama" else 320  # for mllama the prompts stay in the prefix cache
+    async with serving(oracle, max_running_requests=1, max_total_tokens=num_tokens, max_image_tokens=64) as service:
+        for asked in (*turns, *turns[:3]):
+            assert_same(oracle, asked, (await ask(service, asked))[0])
+        assert service.engine._scheduler._images.num_encoded > 2 * len(turns), "the test evicts nothing"
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("family", IMAGE_FAMILIES)
+async def test_a_long_prompt_with_many_images(oracle_of: GetOracle, family: str) -> None:
+    oracle = oracle_of(family)
+    parts: list[Part] = []
+    for i in range(8):
+        parts += ["All work and no play makes a dull picture. " * 12, (*SIZES[i % len(SIZES)], i)]
+    turns: Turns = [("user", [*parts, "Which one?"])]
+    async with serving(oracle, chunked_prefill_size=200) as service:
+        assert_same(oracle, turns, (await ask(service, turns))[0])
