@@ -17,6 +17,7 @@ from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLIm
 from vision_helpers import family_of, features_of, noise
 
 from lightvl.errors import BadRequest, ConfigError
+from lightvl.models.vision import vit
 from lightvl.models.vision.qwen_vl import window_order
 
 KINDS = ["qwen2_vl", "qwen2_5_vl"]
@@ -181,3 +182,13 @@ def test_windows_hold_every_token_once(high: int, wide: int, window: int) -> Non
         assert len(places) == 1
         begin += num
     assert begin == high * wide
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "mllama"])
+def test_pieces_of_any_size_give_the_same(checkpoints: Any, kind: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chunks of rows, heads and queries bound the work between two pauses; they must not show in the features."""
+    family, rgb = family_of(checkpoints(kind)[0]), noise(300, 250)
+    want = features_of(family, rgb)
+    for name, size in (("ROW_CHUNK", 7), ("PAUSE_ROWS", 14), ("PAUSE_SCORES", 1), ("QUERY_CHUNK", 3)):
+        monkeypatch.setattr(vit, name, size)
+    torch.testing.assert_close(features_of(family, rgb), want)

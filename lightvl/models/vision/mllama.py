@@ -19,7 +19,17 @@ from torch import nn
 from lightvl.models.linear import Linear
 from lightvl.models.load import Target
 from lightvl.models.vision.config import MllamaVisionConfig
-from lightvl.models.vision.vit import MLP, PatchEmbedding, attend, container_targets, layer_norm, parameter, row_chunks
+from lightvl.models.vision.vit import (
+    MLP,
+    PatchEmbedding,
+    attend,
+    container_targets,
+    head_pieces,
+    layer_norm,
+    parameter,
+    pauses_after,
+    row_chunks,
+)
 
 TILE_MULTIPLE = 8
 """Every tile is padded with zero rows to a multiple of this. They are seen by the real rows, so they must be kept."""
@@ -45,8 +55,8 @@ class MllamaTower(nn.Module):
         self.global_transformer = _Encoder(config, config.num_global_layers, is_gated=True, dtype=dtype, device=device)
 
     def encode(self, patches: torch.Tensor, aspect_ratio_id: int) -> Iterator[torch.Tensor | None]:
-        """`patches` (real tiles, patches of a tile, patch * patch * 3) uint8. Yields None after each half layer, at
-        last (real tiles * tile_len, feature_size)."""
+        """`patches` (real tiles, patches of a tile, patch * patch * 3) uint8. Yields None several times a
+        layer, at last (real tiles * tile_len, feature_size)."""
         config = self._config
         num_real = len(patches) * config.tile_len
         x = self._embed(patches.to(self._device), aspect_ratio_id)
@@ -155,14 +165,19 @@ class _Layer(nn.Module):
         self.gate_ffn = parameter(1, dtype=dtype, device=device) if is_gated else None
 
     def steps(self, x: torch.Tensor, num_real: int) -> Iterator[None]:
-        """Advance x (N, size) in place, in two pieces. The first `num_real` rows are real, the others padding."""
+        """Advance x (N, size) in place, in bounded pieces. The first `num_real` rows are real, the others padding."""
         q, k, v = self.qkv(self.input_layernorm(x)).view(len(x), 3, self._num_heads, -1).unbind(1)
-        real = attend(q[:num_real], k, v)
-        padding = attend(q[num_real:], k[:num_real], v[:num_real])
-        x += _gated(self.proj(torch.cat((real, padding)).flatten(1)), self.gate_attn)
-        yield
+        attended = torch.empty_like(q, memory_format=torch.contiguous_format)
+        for heads in head_pieces(q, len(x) ** 2):
+            keys, values = k[:, heads], v[:, heads]
+            attended[:num_real, heads] = attend(q[:num_real, heads], keys, values)
+            attended[num_real:, heads] = attend(q[num_real:, heads], keys[:num_real], values[:num_real])
+            yield
+        x += _gated(self.proj(attended.flatten(1)), self.gate_attn)
         for rows in row_chunks(x):
             x[rows] += _gated(self.mlp(self.post_attention_layernorm(x[rows])), self.gate_ffn)
+            if pauses_after(rows):
+                yield
         yield
 
     def weight_targets(self) -> dict[str, Target]:

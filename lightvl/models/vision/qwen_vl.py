@@ -17,7 +17,16 @@ from lightvl.models.linear import Linear
 from lightvl.models.load import Target
 from lightvl.models.rope import apply_rope
 from lightvl.models.vision.config import QwenVisionConfig
-from lightvl.models.vision.vit import MLP, PatchEmbedding, RMSNorm, container_targets, layer_norm, row_chunks
+from lightvl.models.vision.vit import (
+    MLP,
+    PatchEmbedding,
+    RMSNorm,
+    container_targets,
+    head_pieces,
+    layer_norm,
+    pauses_after,
+    row_chunks,
+)
 
 NORM_EPS = 1e-6
 
@@ -42,7 +51,7 @@ class QwenTower(nn.Module):
         self, patches: torch.Tensor, high: int, wide: int, attention: EncoderAttention
     ) -> Iterator[torch.Tensor | None]:
         """`patches` (high * wide, patch * patch * 3) uint8, in squares of merge x merge as `transforms.patchify` gives
-        them. Yields None after each half layer, at last (high * wide / merge**2, out_size)."""
+        them. Yields None several times a layer, at last (high * wide / merge**2, out_size)."""
         config, per_token = self._config, self._config.merge**2
         order, window_lens = window_order(high // config.merge, wide // config.merge, config.window)
         order = order.to(self._device)
@@ -56,10 +65,8 @@ class QwenTower(nn.Module):
         window_lens = [tokens * per_token for tokens in window_lens]
         for layer_idx, block in enumerate(self._blocks_in_order):
             whole = not config.window or layer_idx in config.full_attention_layers
-            block.attend(x, cos, sin, [len(x)] if whole else window_lens, attention)
-            yield None
-            block.feed_forward(x)
-            yield None
+            yield from block.attend(x, cos, sin, [len(x)] if whole else window_lens, attention)
+            yield from block.feed_forward(x)
         features: torch.Tensor = self.merger(x)
         yield features[order.argsort()]
 
@@ -86,21 +93,30 @@ class _Block(nn.Module):
 
     def attend(
         self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, seg_lens: list[int], attention: EncoderAttention
-    ) -> None:
-        """Add attention's part to x (N, size), in place."""
+    ) -> Iterator[None]:
+        """Add attention's part to x (N, size), in place, in bounded pieces."""
         num_turned = 2 * self._num_heads  # q and k
         qkv = x.new_empty(len(x), 3 * self._num_heads, x.shape[-1] // self._num_heads)
         for rows in row_chunks(x):
             part = self.qkv(self.norm1(x[rows])).view(-1, *qkv.shape[1:])
             qkv[rows, :num_turned] = apply_rope(part[:, :num_turned], cos[rows], sin[rows])
             qkv[rows, num_turned:] = part[:, num_turned:]
+            if pauses_after(rows):
+                yield
         q, k, v = qkv.chunk(3, 1)
-        x += self.proj(attention(q, k, v, seg_lens).flatten(1))
+        attended = torch.empty_like(q, memory_format=torch.contiguous_format)
+        for heads in head_pieces(q, sum(seg_len**2 for seg_len in seg_lens)):
+            attended[:, heads] = attention(q[:, heads], k[:, heads], v[:, heads], seg_lens)
+            yield
+        x += self.proj(attended.flatten(1))
 
-    def feed_forward(self, x: torch.Tensor) -> None:
-        """Add the MLP's part to x, in place."""
+    def feed_forward(self, x: torch.Tensor) -> Iterator[None]:
+        """Add the MLP's part to x, in place, in bounded pieces."""
         for rows in row_chunks(x):
             x[rows] += self.mlp(self.norm2(x[rows]))
+            if pauses_after(rows):
+                yield
+        yield
 
     def weight_targets(self) -> dict[str, Target]:
         return container_targets(self)
