@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -198,24 +198,21 @@ def _hint(checkpoint: Path) -> str:
 
 
 def _fill_dummy(parts: list[WeightPart], *, seed: int = 0, std: float = 0.02) -> None:
-    """Seeded random weights, norm weights near one. One block of noise is drawn and used at shifting offsets: drawing
-    every weight of a 2B model would take longer than reading a real checkpoint."""
-    block = torch.empty(1 << 22).normal_(std=std, generator=torch.Generator().manual_seed(seed))
+    """Seeded random weights, norm weights near one. Rows overlap in one block of noise: drawing every weight of a 2B
+    model would take longer than reading a real checkpoint."""
     targets = [item for part in parts for item in sorted(part.targets.items())]
-    offset = 0
-    for name, target in tqdm(targets, desc="Dummy weights", unit="tensor", leave=False):
-        num = torch.Size(target.shape).numel()
-        offset = (offset + 1_000_003) % len(block)
-        noise = torch.cat(list(_cycle(block, offset, num))).reshape(target.shape)
+    most = max((_matrix_shape(target.shape)[1] for _, target in targets), default=0)
+    block = torch.empty(max(1 << 22, 2 * most)).normal_(std=std, generator=torch.Generator().manual_seed(seed))
+    for idx, (name, target) in enumerate(tqdm(targets, desc="Dummy weights", unit="tensor", leave=False)):
+        num_rows, row_len = _matrix_shape(target.shape)
+        stride = (len(block) // 2 - row_len) // num_rows
+        noise = block.as_strided((num_rows, row_len), (stride, 1), idx * 1009 % (len(block) // 2)).reshape(target.shape)
         target.fill(noise + 1.0 if len(target.shape) == 1 and name.endswith("weight") else noise)
 
 
-def _cycle(block: torch.Tensor, offset: int, num: int) -> Iterator[torch.Tensor]:
-    while num > 0:
-        piece = block[offset : offset + num]
-        yield piece
-        num -= len(piece)
-        offset = 0
+def _matrix_shape(shape: tuple[int, ...]) -> tuple[int, int]:
+    num_rows = shape[0] if len(shape) > 1 else 1
+    return num_rows, torch.Size(shape).numel() // num_rows
 
 
 def resolve_checkpoint(path_or_id: str) -> Path:
