@@ -8,6 +8,7 @@ import itertools
 import logging
 from collections import deque
 from collections.abc import Callable
+from typing import Literal
 
 from lightvl.core import Finish, Prompt, SamplingParams, TokenLogprob
 from lightvl.engine.device import Device, StepResult
@@ -133,21 +134,21 @@ class Engine:
             self._finish(choice, "stop", token_id)
             return
         text = choice.detokenizer.push(token_id)
+        is_last = len(sequence.output_ids) >= params.max_tokens
+        if is_last:
+            text += choice.detokenizer.flush()  # may still complete a stop string
+        choice.emit(text, token_id, logprob)
         if choice.detokenizer.matched is not None:
-            choice.emit(text, token_id, logprob)
             self._finish(choice, "stop", choice.detokenizer.matched)
-        elif len(sequence.output_ids) >= params.max_tokens:
-            choice.emit(text + choice.detokenizer.flush(), token_id, logprob)
+        elif is_last:
             self._finish(choice, "length", None)
-        else:
-            choice.emit(text, token_id, logprob)
 
-    def _finish(self, choice: ActiveChoice, reason: str, matched_stop: int | str | None) -> None:
+    def _finish(self, choice: ActiveChoice, reason: Literal["stop", "length"], matched_stop: int | str | None) -> None:
         sequence = choice.sequence
         self._release(sequence)
         choice.end(
             Finish(
-                reason="stop" if reason == "stop" else "length",
+                reason=reason,
                 matched_stop=matched_stop,
                 prompt_tokens=len(sequence.prompt),
                 completion_tokens=len(sequence.output_ids),

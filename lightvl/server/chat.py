@@ -129,7 +129,7 @@ async def _whole(run: Run, model: str) -> web.Response:
     async for delta in run.generation:
         run.note(delta)
         texts[delta.choice].append(delta.text)
-        logprobs[delta.choice] += delta.logprobs
+        logprobs[delta.choice] += _content_logprobs(delta)
     prompts = run.context.service.prompts
     choices = [
         ChatChoice(
@@ -159,8 +159,9 @@ async def _chunks(run: Run, model: str, with_usage: bool) -> AsyncGenerator[byte
 
 def _delta_chunks(template: ChunkTemplate, prompts: PromptBuilder, delta: Delta) -> bytes:
     """One write for all that a delta tells; nothing for tokens whose text is still held back."""
-    logprobs = _encode(_choice_logprobs(prompts, delta.logprobs)) if delta.logprobs else b"null"
-    data = template.text(delta.choice, delta.text, logprobs) if delta.text or delta.logprobs else b""
+    entries = _content_logprobs(delta)
+    logprobs = _encode(_choice_logprobs(prompts, entries)) if entries else b"null"
+    data = template.text(delta.choice, delta.text, logprobs) if delta.text or entries else b""
     return data if delta.finish is None else data + template.finish(delta.choice, delta.finish)
 
 
@@ -196,6 +197,12 @@ class ChunkTemplate:
             b'%b{"index":%d,"delta":%b,"logprobs":%b,"finish_reason":%b,"matched_stop":%b}%b'
             % (self._head, choice, delta, logprobs, reason, matched_stop, self._tail)
         )
+
+
+def _content_logprobs(delta: Delta) -> list[TokenLogprob]:
+    """Without the stop token, which is no part of the content; it comes in the delta that ends the choice."""
+    is_stopped = delta.finish is not None and isinstance(delta.finish.matched_stop, int)
+    return delta.logprobs[:-1] if is_stopped else delta.logprobs
 
 
 def _choice_logprobs(prompts: PromptBuilder, logprobs: list[TokenLogprob]) -> ChoiceLogprobs:
