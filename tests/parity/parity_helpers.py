@@ -102,8 +102,11 @@ class Oracle:
         return self.tokenizer.encode(text, add_special_tokens=False), extra
 
     @torch.no_grad()
-    def logprobs(self, prompt_ids: list[int], output_ids: list[int], extra: dict[str, Any]) -> torch.Tensor:
-        """(len(output_ids), vocab): teacher-forced log-softmax before each output token."""
+    def logprobs(
+        self, prompt_ids: list[int], output_ids: list[int], extra: dict[str, Any], model: Any = None
+    ) -> torch.Tensor:
+        """(len(output_ids), vocab): teacher-forced log-softmax before each output token, by `model` or the oracle's."""
+        model = self.model if model is None else model
         ids = torch.tensor([prompt_ids + output_ids])
         inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids), **extra}
         num_tiles = inputs.pop("num_tiles", None)
@@ -111,7 +114,9 @@ class Oracle:
             inputs["cross_attention_mask"] = self._cross_mask(ids[0].tolist(), num_tiles)
         if "image_grid_thw" in extra:
             inputs["mm_token_type_ids"] = (ids == self.model.config.image_token_id).int()
-        logits = self.model(**inputs, use_cache=False).logits[0, len(prompt_ids) - 1 : -1]
+        if "pixel_values" in inputs:
+            inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
+        logits = model(**inputs, use_cache=False).logits[0, len(prompt_ids) - 1 : -1]
         return logits.float().log_softmax(-1)
 
     def _cross_mask(self, ids: list[int], num_tiles: list[list[int]]) -> torch.Tensor:
