@@ -22,8 +22,6 @@ from lightvl.models.load import WeightPart, module_targets
 from lightvl.models.vision.config import mllama_vision_config
 from lightvl.models.vision.mllama import MllamaTower
 
-DEFAULT_IMAGE_TOKEN_ID = 128256
-
 
 class MllamaFamily:
     name = "Llama-3.2-Vision"
@@ -52,7 +50,7 @@ class MllamaFamily:
         self._projector = Linear(
             vision.feature_size, {"projector": vision.out_size}, bias=True, dtype=dtype, device=device
         )
-        self.image_token_id = int(hf_config.get("image_token_index", DEFAULT_IMAGE_TOKEN_ID))
+        self.image_token_id = vision.image_token_id
         self.decoder_config = decoder_config(hf_config)
 
     def weight_parts(self) -> list[WeightPart]:

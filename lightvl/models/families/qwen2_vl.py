@@ -22,8 +22,6 @@ from lightvl.models.load import WeightPart, module_targets
 from lightvl.models.vision.config import qwen_vision_config
 from lightvl.models.vision.qwen_vl import QwenTower
 
-DEFAULT_IMAGE_TOKEN_ID = 151655
-
 
 class Qwen2VLFamily:
     chat_template: str | None = "qwen2-vl"
@@ -47,7 +45,7 @@ class Qwen2VLFamily:
         self._vision = vision
         self._tower = QwenTower(vision, dtype=dtype, device=device)
         self.name = "Qwen2.5-VL" if vision.window else "Qwen2-VL"
-        self.image_token_id = int(hf_config.get("image_token_id", DEFAULT_IMAGE_TOKEN_ID))
+        self.image_token_id = vision.image_token_id
         self.decoder_config = decoder_config(hf_config)
 
     def weight_parts(self) -> list[WeightPart]:

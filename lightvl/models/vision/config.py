@@ -55,6 +55,7 @@ class QwenVisionConfig:
     full_attention_layers: frozenset[int]
     min_pixels: int
     max_pixels: int
+    image_token_id: int
     pixels: PixelConfig
 
 
@@ -73,6 +74,7 @@ class MllamaVisionConfig:
     grids: tuple[Grid, ...]  # aspect ratio id - 1 -> tiles (high, wide)
     kept_layers: tuple[int, ...]  # local layers whose outputs join the features
     out_size: int  # the decoder's hidden size
+    image_token_id: int
     pixels: PixelConfig
 
     @property
@@ -120,6 +122,7 @@ def qwen_vision_config(hf_config: Mapping[str, Any], checkpoint: Path) -> QwenVi
         max_pixels=_first(
             processor.get("max_pixels"), size.get("longest_edge"), size.get("max_pixels"), 28 * 28 * 1280
         ),
+        image_token_id=int(hf_config.get("image_token_id", 151655)),
         pixels=_pixel_config(processor, mean=CLIP_MEAN, std=CLIP_STD, resample=BICUBIC),
     )
 
@@ -158,6 +161,7 @@ def mllama_vision_config(hf_config: Mapping[str, Any], checkpoint: Path) -> Mlla
         grids=tuple(grids),
         kept_layers=kept_layers,
         out_size=int(_get(_get(hf_config, "text_config"), "hidden_size")),
+        image_token_id=int(_first(hf_config.get("image_token_index"), hf_config.get("image_token_id"), 128256)),
         pixels=_pixel_config(processor, mean=HALF, std=HALF, resample=BILINEAR),
     )
 
