@@ -35,6 +35,7 @@ class Engine:
         self._device = device
         self._make_detokenizer = make_detokenizer
         self._metrics = metrics
+        metrics.add("images_encoded_total", 0)
         metrics.gauge("num_running", lambda: scheduler.num_running)
         metrics.gauge("num_waiting", lambda: scheduler.num_waiting)
         self._choices: dict[Sequence, ActiveChoice] = {}
