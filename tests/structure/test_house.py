@@ -279,4 +279,4 @@ def test_every_flag_of_the_readme_exists_and_the_other_way_round():
     of_help = set(flag.findall(done.stdout)) - {"--help", "--version"}
     section = re.split(r"^## Flags\s*$", readme.read_text(), maxsplit=1, flags=re.M)[-1].split("\n## ")[0]
     assert done.returncode == 0 and of_help
-    assert set(flag.findall(section)) == of_help
+    assert set(flag.findall(section)) - {"--help"} == of_help
