@@ -7,6 +7,7 @@ The engine calls `CpuAttention` on the lane thread; the reference for it is dens
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -17,6 +18,8 @@ from lightvl.attention.store import KVShape, PageStore
 
 SCORE_BLOCK = 1 << 20
 """Most scores computed at once, in elements: 2 MB in bfloat16."""
+CAUSAL_ROWS = 128
+"""Most queries in one causal block: the keys after a block's last query are not computed at all."""
 GATHER_BYTES = 1 << 22
 """Most K (or V) bytes gathered at once for decode rows; fits the cache beside the scores."""
 SHORT_SEGMENT = 256
@@ -232,7 +235,7 @@ def _by_head(
     out = torch.empty_like(by_head)
     for head in range(num_kv_heads):
         k, v = head_kv(head)
-        step = max(1, SCORE_BLOCK // (size * len(k)))
+        step = max(1, min(SCORE_BLOCK // (size * len(k)), CAUSAL_ROWS if causal else num_rows))
         for start in range(0, num_rows, step):
             end = min(start + step, num_rows)
             num_keys = len(k) - num_rows + end if causal else len(k)
@@ -246,6 +249,7 @@ def _by_head(
     return out.transpose(0, 1).reshape(num_rows, num_heads, dim)
 
 
+@functools.lru_cache(maxsize=16)
 def _later(num: int) -> torch.Tensor:
     """(num, 1, num): True where the key comes after the query."""
     return torch.ones(num, num, dtype=torch.bool).triu_(1)[:, None]
