@@ -18,6 +18,7 @@ import torch
 from demo_training.evaluate import evaluate, table
 from demo_training.model import answer_loss, build_model, export
 from demo_training.samples import Writer, make_batch
+from demo_training.sight import learn_to_see
 from demo_training.tokenizer import train_tokenizer
 from tqdm import tqdm
 
@@ -84,6 +85,9 @@ def train(args: argparse.Namespace) -> None:
         torch.save(state, checkpoint.with_suffix(".partial"))
         checkpoint.with_suffix(".partial").rename(checkpoint)
 
+    if clock.step == 0:
+        learn_to_see(model, args.seed, args.sight_steps, args.sight_rows, args.sight_lr, not args.float32)
+        save()
     writer, saved, evaluated = Writer(tokenizer), clock.seconds, clock.seconds
     log_path = args.work / "loss.csv"
     with log_path.open("a", newline="") as log_file, tqdm(initial=clock.step, total=args.steps, mininterval=10) as bar:
@@ -146,6 +150,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, help="training steps; with this alone a run can be repeated exactly")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--rows", type=int, default=20, help="images of one step")
+    parser.add_argument("--sight-steps", type=int, default=1000, help="steps for the tower alone, before any text")
+    parser.add_argument("--sight-rows", type=int, default=32, help="images of one such step")
+    parser.add_argument("--sight-lr", type=float, default=2e-3)
     parser.add_argument("--lr", type=float, default=1e-3, help="peak learning rate")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--float32", action="store_true", help="without bf16 autocast (CPUs without bf16)")

@@ -12,7 +12,7 @@ transformers = pytest.importorskip("transformers")
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
 
-from demo_training import cases, model, questions, samples, scenes  # noqa: E402
+from demo_training import cases, model, questions, samples, scenes, sight  # noqa: E402
 from demo_training.tokenizer import CHAT_TEMPLATE, CONTROL_TOKENS, train_tokenizer  # noqa: E402
 from hypothesis import given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
@@ -71,6 +71,14 @@ def test_the_picture_shows_the_scene():
     is_blue = (pixels[..., 2] - pixels[..., 0]) > 80
     assert is_blue[56:, :70].sum() > 300
     assert is_blue.sum() == is_blue[56:, :70].sum()
+
+
+def test_tokens_are_labelled_by_what_they_show():
+    thing = scenes.Thing("large", "blue", "square", 2)
+    labels = sight.token_labels([scenes.Spot(thing, 40.0, 120.0, 30.0, (0, 0, 0))], 168, 168).reshape(6, 6, -1)
+    blue, ground = list(scenes.COLOURS).index("blue"), len(scenes.COLOURS)
+    assert labels[4, 1].tolist() == [blue, scenes.SHAPES.index("square"), scenes.SIZES.index("large"), 2]
+    assert labels[0, 5].tolist() == [ground, sight.IGNORED, sight.IGNORED, sight.IGNORED]
 
 
 @given(st.text())

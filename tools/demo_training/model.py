@@ -24,6 +24,8 @@ MIN_PIXELS, MAX_PIXELS = 56 * 56, 336 * 336  # larger images are shrunk to what 
 IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
 IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
 CONTEXT_LEN = 32768
+# M-RoPE gives an image's columns the lowest frequencies: at the usual 1e6 the text model cannot tell left from right.
+ROPE_THETA = 100.0
 
 
 def config_dict(tokenizer: Tokenizer) -> dict:
@@ -54,7 +56,7 @@ def config_dict(tokenizer: Tokenizer) -> dict:
         "num_hidden_layers": 4,
         "num_key_value_heads": 2,
         "rms_norm_eps": 1e-06,
-        "rope_theta": 1000000.0,
+        "rope_theta": ROPE_THETA,
         "sliding_window": CONTEXT_LEN,
         "tie_word_embeddings": True,
         "torch_dtype": "bfloat16",

@@ -23,8 +23,8 @@ SMALL_SIDES, SIDES, LARGE_SIDES = (84, 112, 140), (84, 112, 140, 168, 196), (196
 MAX_LARGE_PIXELS = 336 * 336
 KINDS = {"branches": 60, "image_last": 20, "turns": 8, "pair": 8, "talk": 4}  # percent of batches
 NUM_BRANCHES = 5
-FIRST_STEPS = (400, 700, 1000)  # at most 1, 2, 3 things and one kind of sample until these steps
-SMALL_STEPS = 2000  # small images only, until this step
+FIRST_STEPS = (150, 300, 450)  # at most 1, 2, 3 things and one kind of sample until these steps
+SMALL_STEPS = 800  # small images only, until this step
 
 
 @dataclass

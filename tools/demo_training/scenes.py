@@ -78,17 +78,22 @@ def draw_scene(rng: random.Random, held_out: bool = False, max_things: int = 4) 
             return scene
 
 
-def render(scene: Scene, width: int, height: int, rng: random.Random) -> Image.Image:
-    """The scene as an RGB image; `rng` moves the shapes within their cells and shifts colours a little."""
-    scale = SUPERSAMPLING if width * height < 400 * 400 else 1
-    light = rng.randint(232, 255)
-    ground = (
-        tuple(min(255, max(225, light + rng.randint(-6, 6))) for _ in range(3)) if rng.random() < 0.6 else (255,) * 3
-    )
-    image = Image.new("RGB", (width * scale, height * scale), ground)
-    pen = ImageDraw.Draw(image)
-    cell_width, cell_height = width * scale / 2, height * scale / 2
+@dataclass(frozen=True)
+class Spot:
+    """Where a thing is drawn, in pixels, and in which exact colour."""
+
+    thing: Thing
+    x: float
+    y: float
+    radius: float
+    fill: tuple[int, ...]
+
+
+def lay_out(scene: Scene, width: int, height: int, rng: random.Random) -> list[Spot]:
+    """Places the things at random within their cells of an image of this size, each a little off its plain colour."""
+    cell_width, cell_height = width / 2, height / 2
     cell = min(cell_width, cell_height)
+    spots = []
     for thing in scene.things:
         radius = cell * (rng.uniform(0.36, 0.42) if thing.size == "large" else rng.uniform(0.19, 0.23))
         column, row = thing.place_idx % 2, thing.place_idx // 2
@@ -96,8 +101,26 @@ def render(scene: Scene, width: int, height: int, rng: random.Random) -> Image.I
         x = (column + 0.5) * cell_width + rng.uniform(-slack_x, slack_x)
         y = (row + 0.5) * cell_height + rng.uniform(-slack_y, slack_y)
         fill = tuple(min(255, max(0, value + rng.randint(-12, 12))) for value in COLOURS[thing.colour])
-        _draw_shape(pen, thing.shape, x, y, radius, fill)
+        spots.append(Spot(thing, x, y, radius, fill))
+    return spots
+
+
+def draw(spots: list[Spot], width: int, height: int, rng: random.Random) -> Image.Image:
+    """The spots on a light ground, as an RGB image."""
+    scale = SUPERSAMPLING if width * height < 400 * 400 else 1
+    light = rng.randint(232, 255)
+    tint = tuple(min(255, max(225, light + rng.randint(-6, 6))) for _ in range(3))
+    ground = tint if rng.random() < 0.6 else (255, 255, 255)
+    image = Image.new("RGB", (width * scale, height * scale), ground)
+    pen = ImageDraw.Draw(image)
+    for spot in spots:
+        _draw_shape(pen, spot.thing.shape, spot.x * scale, spot.y * scale, spot.radius * scale, spot.fill)
     return image.reduce(scale) if scale > 1 else image
+
+
+def render(scene: Scene, width: int, height: int, rng: random.Random) -> Image.Image:
+    """The scene as an RGB image of this size."""
+    return draw(lay_out(scene, width, height, rng), width, height, rng)
 
 
 def _draw_shape(pen: ImageDraw.ImageDraw, shape: str, x: float, y: float, radius: float, fill: tuple[int, ...]) -> None:
