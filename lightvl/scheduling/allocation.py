@@ -235,7 +235,8 @@ class Allocator:
         a page that it does not use); at release (`tolerant`) it goes on behind that page."""
         assert self.radix is not None and alloc.node is not None
         sequence = alloc.sequence
-        num_full = min(sequence.num_computed, sequence.num_tokens) // self.page_size
+        assert sequence.num_computed <= sequence.num_tokens, "a token is not committed"
+        num_full = sequence.num_computed // self.page_size
         while alloc.num_entered < num_full:
             key = self.page_key(sequence, alloc.num_entered)
             if not tolerant and key in alloc.node.children:

@@ -174,6 +174,9 @@ class FakeEngine:
 
     def complete(self) -> None:
         plan = self.in_flight.popleft()
+        for row in plan.rows:
+            if row.pages is row.sequence.pages:
+                self._check_images(row)
         outcome, tokens = self._run(plan)
         del self.touches[plan.step_id]
         self.num_steps += 1
@@ -250,22 +253,25 @@ class FakeEngine:
                     if touch.pages is not row.pages:
                         assert touch.reach.get(page, 0) <= offset, f"page {page} is written while another uses it"
             touches.append(Touch(row.pages, reach))
-            keys = {
-                image.key for image in sequence.prompt.images if image.first_row < end and image.end_row > row.start
-            }
-            if self.config.cross:
-                assert not row.images
-            else:
-                assert not row.cross and {image.key for image in row.images} == keys
-            for key in keys:
-                entry = self.images.get(key)
-                assert entry is not None and entry.ready and entry.pins > 0, "an image is used unpinned"
+            self._check_images(row)
+            for flying in (other for older in self.in_flight for other in older.rows):
+                assert (flying.slot == row.slot) == (flying.pages is row.pages), "a slot is used by two sequences"
         slots = [row.slot for row in plan.rows]
         assert len(set(slots)) == len(slots)
         assert num_chunk_tokens <= self.config.chunk_tokens
         if not self.config.mix_rows:
             assert not num_chunk_tokens or all(r.start < r.num_known for r in plan.rows)
         self.touches[plan.step_id] = touches
+
+    def _check_images(self, row: Row) -> None:
+        needed = [i for i in row.sequence.prompt.images if i.first_row < row.start + row.len and i.end_row > row.start]
+        if self.config.cross:
+            assert not row.images
+        else:
+            assert not row.cross and list(row.images) == needed
+        for image in needed:
+            entry = self.images.get(image.key)
+            assert entry is not None and entry.ready and entry.pins > 0, "an image is used unpinned"
 
     def _flying(self) -> list[Touch]:
         return [touch for plan in self.in_flight for touch in self.touches[plan.step_id]]
