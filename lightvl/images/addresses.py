@@ -11,18 +11,7 @@ from collections.abc import Collection
 
 from aiohttp.abc import AbstractResolver, ResolveResult
 
-_TUNNELS = tuple(
-    ipaddress.IPv6Network(text)
-    for text in (
-        "::/96",  # IPv4-compatible
-        "::ffff:0:0/96",  # IPv4-mapped
-        "::ffff:0:0:0/96",  # IPv4-translated
-        "64:ff9b::/96",  # NAT64
-        "64:ff9b:1::/48",  # NAT64, local use
-        "2001::/32",  # Teredo
-        "2002::/16",  # 6to4
-    )
-)
+_6TO4 = ipaddress.IPv6Network("2002::/16")
 
 
 class AddressRefused(OSError):
@@ -75,10 +64,9 @@ def is_public(text: str) -> bool:
         address = ipaddress.ip_address(text)
     except ValueError:
         return False
-    if isinstance(address, ipaddress.IPv6Address) and (
-        address.scope_id or address.is_site_local or any(address in network for network in _TUNNELS)
-    ):
+    if isinstance(address, ipaddress.IPv6Address) and (address.scope_id or address.is_site_local or address in _6TO4):
         return False
+    # Reserved holds all of ::/8, and with it IPv4-mapped and -compatible addresses and NAT64; private holds Teredo.
     refused = address.is_private or address.is_loopback or address.is_link_local or address.is_multicast
     return address.is_global and not (refused or address.is_reserved or address.is_unspecified)
 

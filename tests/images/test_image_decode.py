@@ -35,6 +35,12 @@ def test_formats_decode_as_pillow_does(format: str) -> None:
         assert np.array_equal(rgb, NOISE)
 
 
+def test_large_images_are_copied_whole() -> None:
+    for width, height in ((900, 700), (1 << 19, 3), (3, 1 << 18)):
+        pixels = RNG.integers(0, 256, (height, width, 3), dtype=np.uint8)
+        assert np.array_equal(decode_image(encoded(Image.fromarray(pixels), "BMP")), pixels)
+
+
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_exif_orientation_is_applied(orientation: int) -> None:
     exif = Image.Exif()

@@ -35,7 +35,7 @@ def special(content: str) -> AddedToken:
 
 
 def byte_level(tokens: list[str], *, bos: str | None = None, eos: str, **fast: Any) -> PreTrainedTokenizerFast:
-    """As Qwen2's and Llama-3's; <tool_call> is an added token that is not special."""
+    """As Qwen2's and Llama-3's; <|wide|> takes white space with it, <tool_call> is not special."""
     backend = Backend(models.BPE(ignore_merges=bos is not None))
     backend.normalizer = normalizers.NFC() if bos is None else None
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -45,6 +45,7 @@ def byte_level(tokens: list[str], *, bos: str | None = None, eos: str, **fast: A
     )
     backend.train_from_iterator(SENTENCES * 3, trainer)
     backend.add_tokens([special(token) for token in tokens])
+    backend.add_tokens([AddedToken("<|wide|>", special=True, normalized=False, lstrip=True, rstrip=True)])
     backend.add_tokens([AddedToken("<tool_call>", special=False, normalized=False)])
     if bos is not None:
         backend.post_processor = processors.TemplateProcessing(

@@ -3,6 +3,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import io
+import threading
 import time
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -150,10 +151,20 @@ async def test_dropped_pixels_are_made_again(make: Make) -> None:
 
 
 async def test_a_cancelled_request_does_not_harm_another(make: Make) -> None:
-    builder = make(limits={"context_len": 100_000})
-    tasks = [asyncio.create_task(builder.build_chat([user(image("a", width=900, height=900))])) for _ in range(3)]
-    await asyncio.sleep(0.005)
+    entered, go = threading.Event(), threading.Event()
+
+    class Slow(StubFamily):
+        def preprocess(self, rgb: Any, layout: Any) -> Any:
+            entered.set()
+            assert go.wait(30)
+            return super().preprocess(rgb, layout)
+
+    builder = make(Slow(IMAGE_ID))
+    tasks = [asyncio.create_task(builder.build_chat([user(image("a"))])) for _ in range(3)]
+    await asyncio.to_thread(entered.wait)
     tasks[0].cancel()
+    await asyncio.sleep(0)
+    go.set()
     results = await asyncio.gather(*tasks, return_exceptions=True)
     assert isinstance(results[0], asyncio.CancelledError)
     assert all(isinstance(result, Prompt) for result in results[1:]) and builder.counters.decodes == 1
