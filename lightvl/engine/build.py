@@ -28,7 +28,7 @@ from lightvl.errors import BadRequest, ConfigError
 from lightvl.images.cache import MediaCounters
 from lightvl.images.fetch import ImageFetcher
 from lightvl.metrics import Metrics
-from lightvl.models.config import read_config
+from lightvl.models.config import decoder_config, read_config
 from lightvl.models.families import default_image_tokens
 from lightvl.models.family import Family
 from lightvl.models.linear import pick_dtype
@@ -87,6 +87,7 @@ def build_service(config: ServerConfig, metrics: Metrics) -> LightVLService:
     dtype, dtype_reason = _pick_dtype(config, device)
     checkpoint = _checkpoint(config)
     hf_config = read_config(checkpoint)
+    context_len, context_reason = _context_len(config, decoder_config(hf_config).max_positions)
     image_tokens = config.max_image_tokens
     if image_tokens is None:
         image_tokens = default_image_tokens(hf_config, device)
@@ -96,7 +97,7 @@ def build_service(config: ServerConfig, metrics: Metrics) -> LightVLService:
         checkpoint, dtype=dtype, device=device, load_format=config.load_format, max_image_tokens=image_tokens
     )
     load_s = time.monotonic() - began
-    family, decoder_config = model.family, model.config
+    family = model.family
     takes_images = family.image_token_id is not None
 
     tokenizer_path = config.tokenizer_path or str(checkpoint)
@@ -106,14 +107,13 @@ def build_service(config: ServerConfig, metrics: Metrics) -> LightVLService:
     )
     generation_config = _read_json(checkpoint / "generation_config.json")
 
-    context_len, context_reason = _context_len(config, decoder_config.max_positions)
     page_size = config.page_size or CPU_PAGE_SIZE
     max_running = config.max_running_requests or CPU_MAX_RUNNING
     chunk_tokens = config.chunked_prefill_size or CPU_CHUNK_TOKENS
     largest_tokens, largest_cross_pages = _largest_image(family) if takes_images else (0, 0)
     memory = plan_memory(
         config,
-        decoder_config,
+        model.config,
         dtype=dtype,
         page_size=page_size,
         context_len=context_len,
@@ -125,7 +125,7 @@ def build_service(config: ServerConfig, metrics: Metrics) -> LightVLService:
     )
 
     attention = CpuAttention(
-        decoder_config.kv_shape,
+        model.config.kv_shape,
         num_pages=memory.num_pages,
         page_size=page_size,
         dtype=dtype,
@@ -154,7 +154,7 @@ def build_service(config: ServerConfig, metrics: Metrics) -> LightVLService:
         template,
         fetcher,
         image_threads,
-        PromptLimits(context_len=context_len, vocab_size=decoder_config.vocab_size),
+        PromptLimits(context_len=context_len, vocab_size=model.config.vocab_size),
         counters=counters,
         generation_eos_ids=_eos_ids(generation_config),
     )

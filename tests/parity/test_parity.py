@@ -7,6 +7,7 @@ import asyncio
 import copy
 import itertools
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -197,3 +198,16 @@ async def test_bfloat16_errs_at_most_twice_as_much_as_hf(oracle_of: GetOracle, f
                 theirs.append((hf[step, ids] - exact[step, ids]).abs())
     error, allowed = torch.cat(ours).mean().item(), 2 * torch.cat(theirs).mean().item()
     assert error <= allowed, f"{family}: bfloat16 is off by {error:.4f}, HF's by {allowed / 2:.4f}"
+
+
+@pytest.mark.parametrize("family", ["qwen2_vl", "mllama"])
+async def test_two_steps_in_flight_change_nothing(oracle_of: GetOracle, family: str) -> None:
+    """The second step is launched before the first one's tokens are known to the host: they are read on the device."""
+    oracle = oracle_of(family)
+    all_turns = [question(i % 3, i) for i in range(5)]
+    async with serving(oracle, chunked_prefill_size=32) as service:
+        scheduler = service.engine._scheduler
+        scheduler.limits = replace(scheduler.limits, max_steps_in_flight=2)
+        answers = await asyncio.gather(*(ask(service, turns, max_tokens=20) for turns in all_turns))
+        for turns, (answer,) in zip(all_turns, answers, strict=True):
+            assert_same(oracle, turns, answer)
