@@ -65,7 +65,7 @@ class Runner:
         logits = self._model.forward(inputs, self._attention)
         if logits is None:
             return []
-        sampled = sample(logits, sample_rows)
+        sampled = sample(logits.float(), sample_rows)
         self._remember_last_tokens(rows, sampled.token_ids)
         results = to_host(sampled, sample_rows)
         sequences = [sequence for row in rows for sequence in row.samples]
