@@ -35,13 +35,17 @@ def _copy(to: torch.Tensor, source: torch.Tensor) -> None:
 
 
 class RMSNorm:
-    """Over the last dimension; float32 inside."""
+    """Over the last dimension; float32 inside, rounded before the weight, as transformers does. (torch's own rms_norm
+    takes 2 to 20 times as long for a chunk on a CPU.)"""
 
     def __init__(self, size: int, eps: float, dtype: torch.dtype, device: torch.device) -> None:
-        self.weight, self._eps, self._shape = Vector(size, dtype, device), eps, (size,)
+        self.weight, self._eps, self._size = Vector(size, dtype, device), eps, size
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return F.rms_norm(x, self._shape, self.weight.value, self._eps)
+        wide = x.float()
+        norm: torch.Tensor = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+        scale = norm.square_().mul_(1 / self._size).add_(self._eps).rsqrt_()
+        return (wide * scale).to(x.dtype).mul_(self.weight.value)
 
 
 class MLP:
