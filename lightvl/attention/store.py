@@ -6,6 +6,8 @@ One store serves self-attention, another the cross attention of images: the same
 
 from __future__ import annotations
 
+import contextlib
+import mmap
 from dataclasses import dataclass
 
 import torch
@@ -40,10 +42,7 @@ class PageStore:
         self, num_layers: int, num_kv_heads: int, num_pages: int, page_len: int, head_dim: int, dtype: torch.dtype
     ) -> None:
         shape = (num_layers, num_kv_heads, num_pages, page_len, head_dim)
-        # Zeroed, since a page's tail is read (with weight 0) before it is written, and 0 * NaN is NaN. The system
-        # hands out zeroed memory lazily, so this costs nothing until a page is used.
-        self.keys = torch.zeros(shape, dtype=dtype)
-        self.values = torch.zeros(shape, dtype=dtype)
+        self.keys, self.values = _zeros(shape, dtype), _zeros(shape, dtype)
         self.page_len = page_len
 
     def write(self, layer_idx: int, slots: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
@@ -63,3 +62,14 @@ class PageStore:
         for source, target in pairs:
             self.keys[:, :, target].copy_(self.keys[:, :, source])
             self.values[:, :, target].copy_(self.values[:, :, source])
+
+
+def _zeros(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+    """Memory that the system hands out zeroed when first touched, in large pages where it can: torch.zeros would write
+    all of it at start, half a second for each GB. Zeroed, since a page's tail is read (with weight 0) before it is
+    written, and 0 * NaN is NaN."""
+    size = torch.Size(shape).numel()
+    memory = mmap.mmap(-1, max(1, size * dtype.itemsize))
+    with contextlib.suppress(AttributeError, OSError):  # not on every system
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=dtype, count=size).view(shape) if size else torch.empty(shape, dtype=dtype)
