@@ -229,7 +229,7 @@ async def test_private_hosts_are_refused(host: str, site: Site) -> None:
     ("address", "public"),
     [("8.8.8.8", True), ("93.184.216.34", True), ("2606:4700::1111", True), ("2001:4860:4860::8888", True),
      ("172.32.0.1", True), ("100.128.0.1", True), ("224.0.1.1", False), ("fec0::1", False), ("8.8.8", False),
-     ("8.8.8.08", False), ("64:ff9b:1::1", False), ("2002:808:808::", False), ("64:ff9b::808:808", False), 
+     ("8.8.8.08", False), ("64:ff9b:1::1", False), ("2002:808:808::", False), ("64:ff9b::808:808", False),
      ("::ffff:0:8.8.8.8", False), ("", False)],
 )  # fmt: skip
 def test_public_addresses(address: str, public: bool) -> None:

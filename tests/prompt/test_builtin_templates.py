@@ -109,6 +109,7 @@ def test_ends(name: str) -> None:
     turns = (message("user", "Q"), message("assistant", "Once upon"))
     opened = shown(name, *turns, go_on=True)
     assert opened.endswith("Once upon")
+    assert shown(name, turns[0], message("assistant", "Once upon "), go_on=True) == opened + " "
     closed = shown(name, *turns)
     assert closed.startswith(opened + template.assistant[1]) and closed.endswith(template.open_assistant)
     assert shown(name, *turns, generation=False) == opened + template.assistant[1]

@@ -94,6 +94,14 @@ def test_text_is_not_held_longer_than_needed() -> None:
     assert plain.push(emoji[0]) == "" and plain.flush() == "\ufffd"
 
 
+def test_the_stop_that_ends_first_wins_inside_one_token() -> None:
+    tokenizer = tokenizer_of("qwen")
+    words = tokenizer.control_id("<two words>")
+    assert words is not None
+    for stops, expected in ((("<two words", "two"), "<"), (("wo", "two"), "<"), ((">", "<two words>"), "")):
+        assert whole(tokenizer, [words], stops, skip_special=False) == expected
+
+
 def test_special_tokens_may_be_kept() -> None:
     tokenizer = tokenizer_of("qwen")
     end = tokenizer.control_id("<|im_end|>")

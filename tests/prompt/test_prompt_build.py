@@ -103,6 +103,8 @@ async def test_images_that_are_attended_to(make: Make) -> None:
     assert [row for row, key in enumerate(prompt.cache_key) if key >= 1 << 128] == rows
     assert [prompt.cache_key[row] for row in rows] == [1 << 128 | i.key for i in prompt.images]
     assert prompt.num_image_tokens == 2
+    alone = await builder.build_chat([user(image("a"))])  # of equal shape, but shown in another mode
+    assert alone.images[0].key != prompt.images[0].key
 
 
 async def test_the_same_image_is_worked_on_once(make: Make) -> None:
@@ -246,6 +248,8 @@ async def test_build_ids(make: Make) -> None:
     assert prompt.token_ids.tolist() == [5, *[IMAGE_ID] * 4, 6]
     front = await builder.build_ids([5, 6], [image("a")])
     assert front.token_ids.tolist()[-3:] == [HF.convert_tokens_to_ids("<|vision_end|>"), 5, 6]
+    beyond = make(limits={"vocab_size": IMAGE_ID})  # as mllama's, which has no logit
+    assert len(await beyond.build_ids([5, IMAGE_ID], [image("a")])) == 5
     for ids in ([-1], [VOCAB], [3, 1 << 40]):
         with pytest.raises(BadRequest, match="input_ids"):
             await builder.build_ids(ids)

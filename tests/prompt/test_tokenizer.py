@@ -131,6 +131,12 @@ def test_no_bos_where_the_family_has_none() -> None:
     assert tokenizer.encode([ClientText("hi")], bos=True) == hf.encode("hi")
 
 
+def test_a_special_token_that_takes_white_space_with_it() -> None:
+    hf, tokenizer = pair("qwen")
+    ids = tokenizer.encode([ClientText("the  "), Control("<|wide|>"), ClientText(" \ncat")])
+    assert ids == hf.encode("the  <|wide|> \ncat") == hf.encode("the<|wide|>cat")
+
+
 def test_an_image_token_that_the_tokenizer_lacks() -> None:
     hf = sentencepiece(image=False)
     tokenizer = Tokenizer(hf, image_token_id=len(hf))
