@@ -22,9 +22,9 @@ from lightvl.engine.device import CpuDevice
 from lightvl.engine.engine import Engine
 from lightvl.engine.features import FeatureStore
 from lightvl.engine.inputs import PageTable
-from lightvl.engine.memory import MemoryPlan, plan_memory
+from lightvl.engine.memory import LargestImage, MemoryPlan, plan_memory
 from lightvl.engine.runner import Runner
-from lightvl.errors import BadRequest, ConfigError
+from lightvl.errors import ConfigError
 from lightvl.images.cache import MediaCounters
 from lightvl.images.fetch import ImageFetcher
 from lightvl.metrics import Metrics
@@ -33,7 +33,7 @@ from lightvl.models.families import default_image_tokens
 from lightvl.models.family import Family
 from lightvl.models.linear import pick_dtype
 from lightvl.models.load import resolve_checkpoint
-from lightvl.models.model import Model, load_model
+from lightvl.models.model import Model, build_model
 from lightvl.prompt.build import PromptBuilder, PromptLimits
 from lightvl.prompt.detokenizer import Detokenizer
 from lightvl.prompt.template import choose_template
@@ -50,6 +50,7 @@ CPU_MAX_RUNNING = 64
 CPU_CHUNK_TOKENS = 512
 CPU_STEP_BUDGET_S = 0.2  # of a step that decodes: what a reader of a stream may have to wait for others' prefill
 CPU_ENCODE_BUDGET_S = 0.1  # of images, in a step that decodes; one tower layer at least
+COUNTED = ("downloads", "download_hits", "decodes", "decode_hits", "preprocesses", "pixel_hits")
 PROBE_SIZES = ((16384, 16384), (16384, 8192), (8192, 16384), (16384, 1024), (1024, 16384))
 
 
@@ -82,121 +83,96 @@ class LightVLService:
 
 
 def build_service(config: ServerConfig, metrics: Metrics) -> LightVLService:
-    """Loads the model. Raises ConfigError for what the operator can mend."""
+    """Loads the model, after all that can be wrong with the flags has been checked. Raises ConfigError."""
     device = _pick_device(config)
     dtype, dtype_reason = _pick_dtype(config, device)
     checkpoint = _checkpoint(config)
     hf_config = read_config(checkpoint)
+    generation_config = _read_json(checkpoint / "generation_config.json")
     context_len, context_reason = _context_len(config, decoder_config(hf_config).max_positions)
-    image_tokens = config.max_image_tokens
-    if image_tokens is None:
-        image_tokens = default_image_tokens(hf_config, device)
+    image_tokens = config.max_image_tokens or default_image_tokens(hf_config, device)
+    model = build_model(checkpoint, dtype=dtype, device=device, max_image_tokens=image_tokens)
+    tokenizer_path = config.tokenizer_path or str(checkpoint)
+    tokenizer = Tokenizer.load(tokenizer_path, image_token_id=model.family.image_token_id)
+    template, template_choice = choose_template(
+        config.chat_template,
+        tokenizer,
+        family_template=model.family.chat_template,
+        takes_images=model.family.image_token_id is not None,
+    )
 
     began = time.monotonic()
-    model = load_model(
-        checkpoint, dtype=dtype, device=device, load_format=config.load_format, max_image_tokens=image_tokens
-    )
+    model.load(checkpoint, config.load_format)
     load_s = time.monotonic() - began
-    family = model.family
-    takes_images = family.image_token_id is not None
-
-    tokenizer_path = config.tokenizer_path or str(checkpoint)
-    tokenizer = Tokenizer.load(tokenizer_path, image_token_id=family.image_token_id)
-    template, template_choice = choose_template(
-        config.chat_template, tokenizer, family_template=family.chat_template, takes_images=takes_images
-    )
-    generation_config = _read_json(checkpoint / "generation_config.json")
-
-    page_size = config.page_size or CPU_PAGE_SIZE
-    max_running = config.max_running_requests or CPU_MAX_RUNNING
-    chunk_tokens = config.chunked_prefill_size or CPU_CHUNK_TOKENS
-    largest_tokens, largest_cross_pages = _largest_image(family) if takes_images else (0, 0)
-    memory = plan_memory(
-        config,
-        model.config,
-        dtype=dtype,
-        page_size=page_size,
-        context_len=context_len,
-        max_running=max_running,
-        takes_images=takes_images,
-        cross_page_len=family.cross_page_len,
-        pages_per_cross_image=largest_cross_pages,
-        largest_image_tokens=largest_tokens,
-    )
-
-    attention = CpuAttention(
-        model.config.kv_shape,
-        num_pages=memory.num_pages,
-        page_size=page_size,
-        dtype=dtype,
-        num_cross_pages=memory.num_cross_pages,
-        cross_page_len=family.cross_page_len,
-    )
     limits = SchedulerLimits(
-        page_size=page_size,
-        max_running=max_running,
-        chunk_tokens=chunk_tokens,
+        page_size=config.page_size or CPU_PAGE_SIZE,
+        max_running=config.max_running_requests or CPU_MAX_RUNNING,
+        chunk_tokens=config.chunked_prefill_size or CPU_CHUNK_TOKENS,
         context_len=context_len,
         step_budget_s=CPU_STEP_BUDGET_S,
         encode_budget_s=CPU_ENCODE_BUDGET_S,
     )
-    engine = _build_engine(model, attention, tokenizer, limits, memory, metrics, config)
+    largest_image = _largest_image(model.family)
+    memory = plan_memory(config, model.config, limits, dtype, model.family.cross_page_len, largest_image)
 
     counters = MediaCounters()
-    _expose(counters, metrics)
+    for field in COUNTED:
+        metrics.gauge(f"image_{field}_total", lambda field=field: getattr(counters, field))  # type: ignore[misc]
     image_threads = ThreadPoolExecutor(max_workers=max(2, os.cpu_count() or 2), thread_name_prefix="lightvl-image")
-    fetcher = ImageFetcher(
-        executor=image_threads, allowed_domains=config.allowed_media_domains or None, counters=counters
-    )
+    domains = config.allowed_media_domains or None
+    fetcher = ImageFetcher(executor=image_threads, allowed_domains=domains, counters=counters)
+    prompt_limits = PromptLimits(context_len=context_len, vocab_size=model.config.vocab_size)
     prompts = PromptBuilder(
-        family,
+        model.family,
         tokenizer,
         template,
         fetcher,
         image_threads,
-        PromptLimits(context_len=context_len, vocab_size=model.config.vocab_size),
-        counters=counters,
+        prompt_limits,
         generation_eos_ids=_eos_ids(generation_config),
     )
-
-    name = config.served_model_name or (DEMO_NAME if _demo_name(config) else str(config.model_path))
-    report = (
-        f"model: {name} ({family.name}), loaded in {load_s:.1f} s from {checkpoint}",
+    is_demo = _demo_name(config) is not None
+    info = ModelInfo(
+        served_name=config.served_model_name or (DEMO_NAME if is_demo else str(config.model_path)),
+        model_path=config.model_path or "demo",
+        tokenizer_path=tokenizer_path,
+        family=model.family.name,
+        context_len=context_len,
+        created=int(time.time()),
+        takes_images=model.family.image_token_id is not None,
+        chat_template=template_choice.name,
+        sampling_defaults=sampling_defaults(generation_config),
+        sample_image=str(checkpoint / "sample.png") if is_demo else None,
+    )
+    report = [
+        f"model: {info.served_name} ({info.family}), loaded in {load_s:.1f} s from {checkpoint}",
         f"device: {device}, {torch.get_num_threads()} threads; dtype: {_told(dtype)} ({dtype_reason})",
         f"chat template: {template_choice.name} ({template_choice.reason})",
         f"context: {context_len} tokens ({context_reason})",
         *memory.report,
-        *_image_report(family, largest_tokens, largest_cross_pages, config.max_image_tokens, image_tokens),
-        f"running at once: up to {max_running} sequences; prefill chunks: up to "
-        f"{'whole prompts' if chunk_tokens >= NO_CHUNKING else f'{chunk_tokens} tokens'}, "
-        f"fewer while others decode (about {CPU_STEP_BUDGET_S:g} s a step)",
-        f"prefix cache: {'off (--disable-radix-cache)' if config.disable_radix_cache else 'on'}",
-    )
-    info = ModelInfo(
-        served_name=name,
-        model_path=config.model_path or "demo",
-        tokenizer_path=tokenizer_path,
-        family=family.name,
-        context_len=context_len,
-        created=int(time.time()),
-        takes_images=takes_images,
-        chat_template=template_choice.name,
-        aliases=(str(checkpoint),) if config.served_model_name is None else (),
-        sampling_defaults=sampling_defaults(generation_config),
-        sample_image=str(checkpoint / "sample.png") if _demo_name(config) else None,
-    )
+        _image_line(model.family, largest_image, config.max_image_tokens, image_tokens),
+        *_scheduling_lines(limits, config),
+    ]
+    engine = _build_engine(model, tokenizer, limits, memory, metrics, config)
     return LightVLService(engine, prompts, info, report, fetcher, image_threads)
 
 
 def _build_engine(
     model: Model,
-    attention: CpuAttention,
     tokenizer: Tokenizer,
     limits: SchedulerLimits,
     memory: MemoryPlan,
     metrics: Metrics,
     config: ServerConfig,
 ) -> Engine:
+    attention = CpuAttention(
+        model.config.kv_shape,
+        num_pages=memory.num_pages,
+        page_size=limits.page_size,
+        dtype=model.dtype,
+        num_cross_pages=memory.num_cross_pages,
+        cross_page_len=model.family.cross_page_len,
+    )
     pages = PagePool(memory.num_pages)
     radix = None if config.disable_radix_cache else RadixCache(limits.page_size, pages)
     is_cross = model.family.cross_page_len > 0
@@ -218,11 +194,6 @@ def _build_engine(
     metrics.gauge("kv_pages_cached", lambda: pages.num_cached)
     metrics.gauge("preemptions_total", lambda: scheduler.num_preempted)
     return Engine(scheduler, CpuDevice(runner.run), make_detokenizer, metrics)
-
-
-def _expose(counters: MediaCounters, metrics: Metrics) -> None:
-    for name in ("downloads", "download_hits", "decodes", "decode_hits", "preprocesses", "pixel_hits"):
-        metrics.gauge(f"image_{name}_total", lambda name=name: getattr(counters, name))  # type: ignore[misc]
 
 
 def _pick_device(config: ServerConfig) -> torch.device:
@@ -271,29 +242,33 @@ def _context_len(config: ServerConfig, max_positions: int) -> tuple[int, str]:
     return config.context_length, "--context-length"
 
 
-def _largest_image(family: Family) -> tuple[int, int]:
-    """Most tokens and most cross pages of one image, by asking for large ones of several shapes."""
-    layouts = []
-    for width, height in PROBE_SIZES:
-        try:
-            layouts.append(family.plan_image(width, height, num_images=1))
-        except BadRequest:
-            continue
-    return max(layout.num_tokens for layout in layouts), max(layout.num_cross_pages for layout in layouts)
-
-
-def _image_report(
-    family: Family, num_tokens: int, num_cross_pages: int, asked: int | None, bound: int | None
-) -> list[str]:
+def _largest_image(family: Family) -> LargestImage:
+    """By asking for large images of several shapes."""
     if family.image_token_id is None:
-        return ["images: none, a text-only model"]
+        return LargestImage(0, 0)
+    layouts = [family.plan_image(width, height, num_images=1) for width, height in PROBE_SIZES]
+    return LargestImage(max(layout.num_tokens for layout in layouts), max(layout.num_cross_pages for layout in layouts))
+
+
+def _image_line(family: Family, largest: LargestImage, asked: int | None, bound: int | None) -> str:
+    if family.image_token_id is None:
+        return "images: none, a text-only model"
     reason = "the model's own limit"
-    largest_rows = num_cross_pages * family.cross_page_len or num_tokens
-    if bound is not None and 2 * largest_rows > bound:  # rounding to whole rows of tokens keeps it below the bound
+    num_rows = largest.num_cross_pages * family.cross_page_len or largest.num_tokens
+    if bound is not None and 2 * num_rows > bound:  # rounding to whole rows of tokens keeps it below the bound
         reason = "--max-image-tokens" if asked is not None else "the default of --max-image-tokens on a CPU"
     if family.cross_page_len:
-        return [f"images: 1 token and up to {num_cross_pages} tiles each ({reason})"]
-    return [f"images: up to {num_tokens} tokens each ({reason}); larger ones are scaled down"]
+        return f"images: 1 token and up to {largest.num_cross_pages} tiles each ({reason})"
+    return f"images: up to {largest.num_tokens} tokens each ({reason}); larger ones are scaled down"
+
+
+def _scheduling_lines(limits: SchedulerLimits, config: ServerConfig) -> list[str]:
+    chunk = "whole prompts" if limits.chunk_tokens >= NO_CHUNKING else f"{limits.chunk_tokens} tokens"
+    return [
+        f"running at once: up to {limits.max_running} sequences; prefill chunks: up to {chunk}, "
+        f"fewer while others decode (about {limits.step_budget_s:g} s a step)",
+        f"prefix cache: {'off (--disable-radix-cache)' if config.disable_radix_cache else 'on'}",
+    ]
 
 
 def _read_json(path: Path) -> dict[str, Any]:

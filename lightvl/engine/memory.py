@@ -11,6 +11,7 @@ import torch
 from lightvl.config import ServerConfig
 from lightvl.errors import ConfigError
 from lightvl.models.config import DecoderConfig
+from lightvl.scheduling.limits import SchedulerLimits
 
 CPU_MEM_FRACTION = 0.5
 CPU_MAX_TOTAL_TOKENS = 1 << 18  # a cache of that many tokens is large for what two to sixty-four cores can prefill
@@ -18,6 +19,14 @@ FEATURE_SHARE = 0.1  # of the K,V memory, for features that replace rows
 CROSS_SHARE = 0.5  # of the K,V memory, for cross pages
 MIN_FEATURE_ROWS = 4096
 MIN_CROSS_IMAGES = 4
+
+
+@dataclass(frozen=True, slots=True)
+class LargestImage:
+    """Most that one image can take; both 0 for a text-only model."""
+
+    num_tokens: int
+    num_cross_pages: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,15 +50,10 @@ def available_bytes() -> int:
 def plan_memory(
     config: ServerConfig,
     decoder: DecoderConfig,
-    *,
+    limits: SchedulerLimits,
     dtype: torch.dtype,
-    page_size: int,
-    context_len: int,
-    max_running: int,
-    takes_images: bool,
     cross_page_len: int,
-    pages_per_cross_image: int,
-    largest_image_tokens: int,
+    largest: LargestImage,
 ) -> MemoryPlan:
     """Raises ConfigError when not even one page fits."""
     shape = decoder.kv_shape
@@ -61,8 +65,8 @@ def plan_memory(
     num_cross_pages = 0
     if cross_page_len:
         page_bytes = shape.bytes_per_cross_page(cross_page_len, dtype)
-        wanted = max_running * pages_per_cross_image
-        least = MIN_CROSS_IMAGES * pages_per_cross_image
+        wanted = limits.max_running * largest.num_cross_pages
+        least = MIN_CROSS_IMAGES * largest.num_cross_pages
         num_cross_pages = max(least, min(wanted, int(budget * CROSS_SHARE) // page_bytes))
         budget -= num_cross_pages * page_bytes
         report.append(
@@ -71,9 +75,9 @@ def plan_memory(
         )
 
     num_feature_rows = 0
-    if takes_images and not cross_page_len:
+    if largest.num_tokens and not cross_page_len:
         row_bytes = decoder.hidden_size * dtype.itemsize
-        least = max(MIN_FEATURE_ROWS, 2 * largest_image_tokens)
+        least = max(MIN_FEATURE_ROWS, 2 * largest.num_tokens)
         num_feature_rows = max(least, min(int(budget * FEATURE_SHARE) // row_bytes, 16 * least))
         budget -= num_feature_rows * row_bytes
         report.append(f"image features: {num_feature_rows} rows held ({num_feature_rows * row_bytes / 2**20:,.0f} MiB)")
@@ -84,18 +88,19 @@ def plan_memory(
         if num_tokens * token_bytes > budget:
             why += f", more than {told}: it may not fit"
     else:
-        most = max(CPU_MAX_TOTAL_TOKENS, 2 * context_len)
+        most = max(CPU_MAX_TOTAL_TOKENS, 2 * limits.context_len)
         num_tokens, why = min(most, budget // token_bytes), told
         if num_tokens == most:
             why = "as many as are of use; less than the memory allows"
-    num_pages = num_tokens // page_size
+    num_pages = num_tokens // limits.page_size
+    page_bytes = limits.page_size * token_bytes
     if num_pages < 1:
         raise ConfigError(
-            f"no memory for K,V pages: a page of {page_size} tokens takes {page_size * token_bytes} bytes, "
+            f"no memory for K,V pages: a page of {limits.page_size} tokens takes {page_bytes} bytes, "
             f"{max(0, budget)} are left of {told}; lower --page-size or raise --mem-fraction-static"
         )
     report.insert(
         0,
-        f"K,V pages: {num_pages} of {page_size} tokens ({num_pages * page_size * token_bytes / 2**20:,.0f} MiB; {why})",
+        f"K,V pages: {num_pages} of {limits.page_size} tokens ({num_pages * page_bytes / 2**20:,.0f} MiB; {why})",
     )
     return MemoryPlan(num_pages, num_cross_pages, num_feature_rows, tuple(report))

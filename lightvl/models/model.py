@@ -26,10 +26,26 @@ class Model:
     dtype: torch.dtype
     device: torch.device
 
+    def load(self, checkpoint: Path, load_format: LoadFormat = "auto") -> None:
+        """Fill decoder, tower and projector. Raises ConfigError."""
+        with torch.inference_mode():
+            load_weights([self.decoder.weight_part(), *self.family.weight_parts()], checkpoint, load_format)
+
     def forward(self, inputs: StepInputs, attention: AttentionBackend) -> torch.Tensor | None:
         """One step: prepare the backend, then the decoder. Logits (S, vocab_size), or None when none are wanted."""
         attention.prepare(inputs)
         return self.decoder.forward(inputs, attention)
+
+
+def build_model(
+    checkpoint: Path, *, dtype: torch.dtype, device: torch.device, max_image_tokens: int | None = None
+) -> Model:
+    """The family that config.json names and the decoder, without weights. Raises ConfigError."""
+    hf_config = read_config(checkpoint)
+    with torch.inference_mode():
+        family = build_family(hf_config, checkpoint, dtype=dtype, device=device, max_image_tokens=max_image_tokens)
+        decoder = Decoder(family.decoder_config, dtype, device)
+    return Model(decoder, family, family.decoder_config, dtype, device)
 
 
 def load_model(
@@ -40,10 +56,7 @@ def load_model(
     load_format: LoadFormat = "auto",
     max_image_tokens: int | None = None,
 ) -> Model:
-    """Build the family that config.json names and the decoder, and fill both. Raises ConfigError."""
-    hf_config = read_config(checkpoint)
-    with torch.inference_mode():
-        family = build_family(hf_config, checkpoint, dtype=dtype, device=device, max_image_tokens=max_image_tokens)
-        decoder = Decoder(family.decoder_config, dtype, device)
-        load_weights([decoder.weight_part(), *family.weight_parts()], checkpoint, load_format)
-    return Model(decoder, family, family.decoder_config, dtype, device)
+    """Built and filled. Raises ConfigError."""
+    model = build_model(checkpoint, dtype=dtype, device=device, max_image_tokens=max_image_tokens)
+    model.load(checkpoint, load_format)
+    return model
