@@ -6,8 +6,8 @@
 
 Regime: simulated time only. A step costs `--step-base` seconds if it has rows, plus `--token-cost` for each prefill
 token, `--decode-cost` for each decode row and `--pair-cost` for each attended pair (token, token before it) of both,
-plus the encodes done in it at `--encode-cost` seconds a feature row. The defaults are near Qwen2-VL-2B in bf16 on two CPU
-cores. Prints a table, and as the last line the same as JSON.
+plus the encodes done in it at `--encode-cost` seconds a feature row. The defaults are near Qwen2-VL-2B in bf16 on two
+CPU cores. Prints a table, and as the last line the same as JSON.
 """
 
 from __future__ import annotations

@@ -26,7 +26,7 @@ from lightvl.scheduling.scheduler import Scheduler
 from lightvl.scheduling.sequence import Sequence, SequenceState
 
 IMAGE_BIT = 1 << 128
-STOP_EVERY = 13  # a token divisible by this ends a sequence
+STOPS = frozenset(range(0, 1000, 13))  # stop tokens of the random traffic
 
 
 def mix(state: int, value: int) -> int:
@@ -46,7 +46,7 @@ def answer_alone(prompt: Prompt, params: SamplingParams, choice: int) -> list[in
     while True:
         token = next_token(state, params, choice)
         tokens.append(token)
-        if token % STOP_EVERY == 0 or len(tokens) == params.max_tokens:
+        if token in params.stop_token_ids or len(tokens) == params.max_tokens:
             return tokens
         state = mix(state, token)
 
@@ -185,7 +185,7 @@ class FakeEngine:
             if sequence.state is SequenceState.FINISHED:
                 continue
             self.scheduler.commit_token(sequence, token)
-            if token % STOP_EVERY == 0 or len(sequence.output_ids) == sequence.params.max_tokens:
+            if token in sequence.params.stop_token_ids or len(sequence.output_ids) == sequence.params.max_tokens:
                 self.end(sequence, "done")
         for key in outcome.failed:
             for sequence in self.scheduler.sequences_needing(key):
@@ -209,6 +209,9 @@ class FakeEngine:
         assert not self.scheduler.has_work and self.scheduler.num_waiting == self.scheduler.num_running == 0
         self.scheduler.check()
         assert self.pages.num_held == self.pages.num_quarantined == 0
+
+    def check_nothing_lost(self) -> None:
+        """After `drain`: empty the radix cache and see every page again."""
         if self.radix is not None:
             self.radix.evict(self.pages.num_pages)
             self.radix.check()
@@ -256,6 +259,12 @@ class FakeEngine:
             self._check_images(row)
             for flying in (other for older in self.in_flight for other in older.rows):
                 assert (flying.slot == row.slot) == (flying.pages is row.pages), "a slot is used by two sequences"
+        flying_works = {work for older in self.in_flight for work in older.encodes}
+        for work in set(plan.encodes) - flying_works:
+            assert all(other.image.key != work.image.key for other in flying_works), "an encode begins twice at once"
+            read = {page for older in self.in_flight for row in older.rows for v in row.cross for page in v.cross_pages}
+            written = {page for other in flying_works for page in other.cross_pages}
+            assert not (read | written) & set(work.cross_pages), "a cross page in use is given out"
         slots = [row.slot for row in plan.rows]
         assert len(set(slots)) == len(slots)
         assert num_chunk_tokens <= self.config.chunk_tokens

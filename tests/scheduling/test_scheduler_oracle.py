@@ -9,7 +9,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
-from scheduling_helpers import Config, FakeEngine, answer_alone, make_prompt, random_pieces
+from scheduling_helpers import STOPS, Config, FakeEngine, answer_alone, make_prompt, random_pieces
 
 from lightvl.core import SamplingParams
 
@@ -45,6 +45,7 @@ def run_traffic(seed: int) -> FakeEngine:
                 temperature=rng.choice([0.0, 1.0]),
                 seed=rng.randrange(2),
                 n=rng.choice([1, 1, 1, 2, 4]),
+                stop_token_ids=STOPS,
             )
             engine.submit(prompt, params)
         elif roll < 0.25 + abort_rate:
@@ -56,6 +57,7 @@ def run_traffic(seed: int) -> FakeEngine:
         elif engine.in_flight:
             engine.complete()
     engine.drain()
+    engine.check_nothing_lost()
     return engine
 
 
@@ -136,7 +138,8 @@ class Traffic(RuleBasedStateMachine):
     )
     def submit(self, pieces: list[list[int] | tuple[int, int]], max_tokens: int, n: int, seed: int) -> None:
         self.engine.submit(
-            make_prompt(pieces, cross=self.engine.config.cross), SamplingParams(max_tokens, seed=seed, n=n)
+            make_prompt(pieces, cross=self.engine.config.cross),
+            SamplingParams(max_tokens, seed=seed, n=n, stop_token_ids=STOPS),
         )
 
     @rule()
@@ -157,6 +160,7 @@ class Traffic(RuleBasedStateMachine):
     def teardown(self) -> None:
         if hasattr(self, "engine"):
             self.engine.drain()
+            self.engine.check_nothing_lost()
 
 
 TestTraffic = Traffic.TestCase
