@@ -58,8 +58,9 @@ def plan_memory(
     """Raises ConfigError when not even one page fits."""
     shape = decoder.kv_shape
     fraction = config.mem_fraction_static if config.mem_fraction_static is not None else CPU_MEM_FRACTION
-    budget = int(available_bytes() * fraction)
-    told = f"{fraction:g} of the {available_bytes() / 2**30:.1f} GiB that are free"
+    available = available_bytes()
+    budget = int(available * fraction)
+    told = f"{fraction:g} of the {available / 2**30:.1f} GiB that are free"
     report = []
 
     num_cross_pages = 0
