@@ -189,6 +189,18 @@ def test_the_head_grows_where_it_does_not_hold_the_nucleus(monkeypatch):
     assert sizes[0] > 36 > sizes[2] > 12 > sizes[1]
 
 
+def test_an_unfiltered_row_beside_filtered_ones_keeps_every_token(monkeypatch):
+    """And costs no second look at any row."""
+    monkeypatch.setattr(sampler, "TIE_SLACK", 1)
+    searches = []
+    search = sampler._search
+    monkeypatch.setattr(sampler, "_search", lambda *args: searches.append(args) or search(*args))
+    logits = torch.randn(2, 50, generator=torch.Generator().manual_seed(8))
+    kept = kept_by_us(monkeypatch, logits, [row(top_k=3), row()])
+    assert [len(tokens) for tokens in kept] == [3, 50]
+    assert len(searches) == 50  # one per step
+
+
 def test_tokens_without_a_logit_are_not_penalised():
     """mllama's image token stands in the prompt, one past the last logit."""
     logits = torch.tensor([[1.0, 0.5, 0.2], [3.0, 2.0, 0.0]])
@@ -266,6 +278,15 @@ def test_a_row_draws_the_same_in_any_place_and_company(order, num_rows):
     alone = [tokens_of(logits[i : i + 1], [rows[i]])[0] for i in range(len(rows))]
     chosen = order[:num_rows]
     assert tokens_of(logits[chosen], [rows[i] for i in chosen]) == [alone[i] for i in chosen]
+
+
+@pytest.mark.parametrize("block", [1, 3000, 4500])
+def test_drawing_in_blocks_changes_nothing(monkeypatch, block):
+    logits = torch.randn(len(MIXED), 1500, generator=torch.Generator().manual_seed(5)) * 2
+    rows = [row(position=40 + i, **options) for i, options in enumerate(MIXED)]
+    whole = tokens_of(logits, rows)
+    monkeypatch.setattr(sampler, "CPU_BLOCK", block)
+    assert tokens_of(logits, rows) == whole
 
 
 def test_settings_are_made_tensors_once_while_the_rows_stay(monkeypatch):
