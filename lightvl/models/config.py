@@ -119,6 +119,12 @@ DEFAULTS: dict[str, dict[str, Any]] = {
     "mllama": _MLLAMA,
     "mllama_text_model": _MLLAMA,
 }
+ORIGINAL_LLAVA = {
+    "LlavaLlamaForCausalLM": "llama",
+    "LlavaMistralForCausalLM": "mistral",
+    "LlavaQwenForCausalLM": "qwen2",
+}
+"""Architectures of the original LLaVA format, and the type of their decoders."""
 
 
 def read_config(checkpoint: Path) -> dict[str, Any]:
@@ -135,15 +141,29 @@ def read_config(checkpoint: Path) -> dict[str, Any]:
     return config
 
 
-def decoder_config(hf_config: dict[str, Any], *, text_type: str | None = None) -> DecoderConfig:
-    """The decoder's part of a whole model's config. `text_type`: the decoder's HF model type, for files whose own
-    `model_type` does not tell it (original LLaVA)."""
+def decoder_type(hf_config: dict[str, Any]) -> str | None:
+    """HF's model type of the decoder. Original LLaVA has all in one level, and its `model_type` tells nothing."""
+    for architecture in hf_config.get("architectures") or ():
+        if architecture in ORIGINAL_LLAVA:
+            return ORIGINAL_LLAVA[architecture]
     nested = hf_config.get("text_config") or {}
-    kind = text_type or nested.get("model_type") or hf_config.get("model_type")
+    # LLaVA's config classes take a Llama where nothing is said, OneVision's a Qwen2
+    unsaid = {"llava": "llama", "llava_next": "llama", "llava_onevision": "qwen2"}
+    outer = hf_config.get("model_type")
+    return nested.get("model_type") or unsaid.get(str(outer), outer)
+
+
+def decoder_config(hf_config: dict[str, Any]) -> DecoderConfig:
+    """The decoder's part of a whole model's config."""
+    nested = hf_config.get("text_config") or {}
+    kind = decoder_type(hf_config)
     if kind not in DEFAULTS:
         raise ConfigError(f"a decoder of type {kind!r} is not served; known: {', '.join(sorted(DEFAULTS))}")
-    given = {key: value for key, value in (nested or hf_config).items() if value is not None}
+    source = nested or hf_config
+    given = {key: value for key, value in source.items() if value is not None}
     text = DEFAULTS[kind] | given
+    if source.get("sliding_window", ...) is None:  # said, and none: not the default window
+        text["sliding_window"] = None
     _refuse_unserved(text)
 
     is_qwen2, is_mllama = kind.startswith("qwen2"), kind.startswith("mllama")

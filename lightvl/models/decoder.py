@@ -175,7 +175,8 @@ class Decoder:
     def forward(self, inputs: StepInputs, attention: AttentionBackend) -> torch.Tensor | None:
         """Logits (S, vocab_size) in the model's dtype, for the tokens of `logits_idx`; None when none are wanted.
         The backend must have been prepared for these inputs."""
-        x = F.embedding(inputs.token_ids, self._embedding)
+        # An image token may lie beyond the embedding (original LLaVA): its row is replaced by a feature.
+        x = F.embedding(inputs.token_ids.clamp_max(len(self._embedding) - 1), self._embedding)
         for feature in inputs.features:
             x[feature.start : feature.start + len(feature.rows)] = feature.rows
         rope = self._rope.table(inputs.positions)

@@ -14,7 +14,6 @@ fused or packed weights (`linear.Linear`) declare their own by a `weight_targets
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -22,11 +21,11 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import nn
 from tqdm import tqdm
 
 from lightvl.errors import ConfigError
+from lightvl.models.shards import open_shard, weight_files
 
 LoadFormat = Literal["auto", "safetensors", "dummy"]
 
@@ -45,12 +44,14 @@ class Target:
 @dataclass(frozen=True, slots=True)
 class WeightPart:
     """`patterns` match whole checkpoint names; their one group is the name inside the part. A name belongs to the part
-    when that group is one of `targets` or matches `excused` (present in some checkpoints, not needed)."""
+    when that group is one of `targets` or matches `excused` (present in some checkpoints, not needed). `folder`: where
+    the names are read from, if not from the checkpoint itself (a vision tower that is published on its own)."""
 
     title: str  # for error messages: "vision tower"
     patterns: tuple[str, ...]
     targets: dict[str, Target]
     excused: str = r"(?!)"
+    folder: Path | None = None
 
 
 WeightMap = list[WeightPart]
@@ -153,48 +154,24 @@ def load_weights(parts: Iterable[WeightPart], checkpoint: Path, load_format: Loa
     if load_format == "dummy":
         _fill_dummy(parts)
         return
+    for folder in dict.fromkeys(part.folder or checkpoint for part in parts):
+        _load_folder([part for part in parts if (part.folder or checkpoint) == folder], folder)
+
+
+def _load_folder(parts: list[WeightPart], folder: Path) -> None:
     ledger = _Ledger(parts)
-    files = weight_files(checkpoint)
-    num_names = sum(len(names) for _, names in files)
+    files = weight_files(folder)
+    num_names = 0
+    for file in files:  # all of them first: a damaged one is told at once, not after minutes of reading
+        with open_shard(file) as tensors:
+            num_names += len(tensors.keys())
     with tqdm(total=num_names, desc="Loading weights", unit="tensor", leave=False) as bar:
-        for file, names in files:
-            try:
-                with safe_open(file, framework="pt") as tensors:
-                    for name in names:
-                        ledger.place(name, lambda name=name, tensors=tensors: tensors.get_tensor(name))  # type: ignore[misc]
-                        bar.update()
-            except SafetensorError as error:
-                raise ConfigError(f"{file} cannot be read: {error}") from error
+        for file in files:
+            with open_shard(file) as tensors:
+                for name in tensors.keys():  # noqa: SIM118  (not a dict)
+                    ledger.place(name, lambda name=name, tensors=tensors: tensors.get_tensor(name))  # type: ignore[misc]
+                    bar.update()
     ledger.close()
-
-
-def weight_files(checkpoint: Path) -> list[tuple[Path, list[str]]]:
-    """The safetensors files of a folder with the names in each: by the index where there is one."""
-    index = checkpoint / "model.safetensors.index.json"
-    if index.is_file():
-        try:
-            wanted: dict[str, str] = json.loads(index.read_text())["weight_map"]
-        except (ValueError, KeyError) as error:
-            raise ConfigError(f"{index} is not a safetensors index: {error!r}") from error
-        files = [checkpoint / name for name in sorted(set(wanted.values()))]
-    else:
-        files = sorted(checkpoint.glob("*.safetensors"))
-        if not files:
-            raise ConfigError(f"{checkpoint} holds no *.safetensors weights" + _hint(checkpoint))
-    found = []
-    for file in files:
-        if not file.is_file():
-            raise ConfigError(f"{checkpoint} lacks {file.name}, which {index.name} names (an incomplete download?)")
-        try:
-            with safe_open(file, framework="pt") as tensors:
-                found.append((file, list(tensors.keys())))
-        except SafetensorError as error:
-            raise ConfigError(f"{file} cannot be read: {error} (an incomplete download?)") from error
-    return found
-
-
-def _hint(checkpoint: Path) -> str:
-    return " (pytorch .bin files are not served; convert them)" if any(checkpoint.glob("*.bin")) else ""
 
 
 def _fill_dummy(parts: list[WeightPart], *, seed: int = 0, std: float = 0.02) -> None:
@@ -228,7 +205,11 @@ def resolve_checkpoint(path_or_id: str) -> Path:
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
     try:
-        return Path(snapshot_download(path_or_id, ignore_patterns=["*.bin", "*.pth", "original/*", "*.gguf"]))
+        unused = ["*.bin", "*.pth", "*.h5", "*.msgpack", "*.gguf", "original/*"]
+        folder = Path(snapshot_download(path_or_id, ignore_patterns=unused))
+        if not any(folder.glob("*.safetensors")):  # few are published as pickles only, but many as both
+            snapshot_download(path_or_id, allow_patterns=["pytorch_model*.bin*"])
+        return folder
     except GatedRepoError as error:
         raise ConfigError(f"{path_or_id} is gated on the Hugging Face hub: accept its licence and log in") from error
     except RepositoryNotFoundError as error:
