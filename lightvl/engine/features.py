@@ -65,6 +65,8 @@ class FeatureStore:
             self._jobs[work.image.key] = job
         for features in job:
             if features is not None:
+                if not bool(features.isfinite().all()):  # sync: once per image
+                    raise ArithmeticError("the features of an image are not finite")
                 return features
             if time.perf_counter() >= deadline:
                 return None

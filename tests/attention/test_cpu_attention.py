@@ -220,3 +220,16 @@ def test_bytes_are_those_of_the_tensors() -> None:
     backend = CpuAttention(shape, num_pages=5, page_size=4, dtype=torch.bfloat16, num_cross_pages=6, cross_page_len=7)
     assert 2 * backend.pages.keys.nbytes == 5 * 4 * shape.bytes_per_token(torch.bfloat16)
     assert 2 * backend.cross_pages.keys.nbytes == 6 * shape.bytes_per_cross_page(7, torch.bfloat16)
+
+
+def test_a_broken_sequence_leaves_nothing_in_its_pages() -> None:
+    """The next owner reads a page's unwritten tail with weight 0, and 0 * NaN is NaN."""
+    backend = CpuAttention(KVShape(1, 1, 8), num_pages=2, page_size=4, dtype=torch.float32)
+    broken = torch.full((8, 1, 8), torch.nan)
+    for num_tokens, k, v in ((8, broken, broken), (1, torch.ones(1, 1, 8), torch.ones(1, 1, 8))):
+        inputs = make_inputs(
+            q_lens=[num_tokens], kv_lens=[num_tokens], slots=torch.arange(num_tokens), page_table=torch.tensor([[0, 1]])
+        )
+        backend.prepare(inputs)
+        out = backend.attend(0, torch.ones(num_tokens, 2, 8), k, v, inputs)
+    assert torch.equal(out, torch.ones(1, 16))
