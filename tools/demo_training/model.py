@@ -227,4 +227,5 @@ def export(model: Qwen2VLForConditionalGeneration, tokenizer: Tokenizer, folder:
     }
     for name, content in files.items():
         (folder / name).write_text(json.dumps(content, indent=2) + "\n")
+    partial.chmod(0o644)
     partial.rename(folder / "model.safetensors")
