@@ -30,12 +30,13 @@ IntArray = np.ndarray[Any, np.dtype[np.int64]]
 class Tokenizer:
     """Encodes a whole prompt as one string, as HF would, so that ids equal HF's on clean text in every detail.
 
-    The backend that does it is a copy that takes no special token from text. In its place each one has an alias, a
-    name that is drawn at random when the server starts: control strings are written with aliases before encoding.
+    Its backend takes no special token from text. In its place each one has an alias, a name that is drawn at random
+    when the server starts: control strings are written with aliases before encoding.
     """
 
     def __init__(self, hf: Any, *, image_token_id: int | None = None, own_chat_template: str | None = None) -> None:
-        """`hf`: a fast tokenizer of transformers. `image_token_id`: the family's, within the tokenizer or not."""
+        """`hf`: a fast tokenizer of transformers, whose backend is taken over and changed. `image_token_id`: the
+        family's, within the tokenizer or not."""
         backend = getattr(hf, "backend_tokenizer", None)
         if not isinstance(backend, Backend):
             raise ConfigError("the checkpoint's tokenizer has no fast form (tokenizer.json or tokenizer.model)")
@@ -47,29 +48,26 @@ class Tokenizer:
         }
         self.adds_bos = self.bos_token_id is not None and hf.encode("a")[:1] == [self.bos_token_id]
 
-        parts = json.loads(backend.to_str())
-        parts["truncation"] = parts["padding"] = None
         image_token = None if image_token_id is None else backend.id_to_token(image_token_id)
-        for token in parts["added_tokens"]:
-            token["special"] = token["special"] or token["content"] == image_token
-        self._backend = Backend.from_str(json.dumps(parts))
-        self.vocabulary = Vocabulary.of(self._backend)
-        special = {token["content"]: token for token in parts["added_tokens"] if token["special"]}
-        self._control_ids = {content: int(token["id"]) for content, token in special.items()}
+        backend = _with_special(backend, image_token)
+        self.vocabulary = Vocabulary.of(backend)
+        added = backend.get_added_tokens_decoder()
+        special = {token.content: token for token in added.values() if token.special}
+        self._control_ids = {token.content: token_id for token_id, token in added.items() if token.special}
         if image_token_id is not None and image_token is None:
             image_token = DEFAULT_IMAGE_TOKEN
             self._control_ids[image_token] = image_token_id
         self.image_token = image_token
         self.control_tokens = tuple(self._control_ids)
-        # Longest first: of two tokens that start at one place, the tokenizers library takes the longer one.
-        names = sorted({*special, *self._control_ids, *(t["content"] for t in parts["added_tokens"])}, key=len)
-        self._added_pattern = _any_of(reversed(names))
-        self.control_pattern = _any_of(sorted(self._control_ids, key=len, reverse=True))
+        self.control_pattern = _any_of(self._control_ids)
+        self._added_pattern = _any_of({*self._control_ids, *(token.content for token in added.values())})
 
-        self._coder = Backend.from_str(json.dumps(parts))
-        self._coder.encode_special_tokens = True
+        backend.no_truncation()
+        backend.no_padding()
+        backend.encode_special_tokens = True
+        self._backend = backend
         self._aliases = self._add_aliases(special)
-        self._real_ids = self._make_real_ids(_unk_token(parts["model"]))
+        self._real_ids = self._make_real_ids(getattr(backend.model, "unk_token", None) or hf.unk_token)
 
     @classmethod
     def load(cls, path: str, *, image_token_id: int | None = None) -> Tokenizer:
@@ -106,7 +104,8 @@ class Tokenizer:
 
     def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
         """All at once; ids beyond the tokenizer spell nothing."""
-        return self._backend.decode(list(ids), skip_special_tokens=skip_special)
+        known = [token_id for token_id in ids if token_id < len(self)]  # beyond these are the aliases
+        return self._backend.decode(known, skip_special_tokens=skip_special)
 
     def token_bytes(self, token_id: int) -> bytes:
         """What one token spells; a token of half a character spells that half."""
@@ -127,35 +126,35 @@ class Tokenizer:
     def _encode_text(self, text: str) -> list[int]:
         try:
             if len(text) < _PARALLEL_CHARS:
-                return self._coder.encode(text, add_special_tokens=False).ids
-            return self._coder.encode_batch_fast([text], add_special_tokens=False)[0].ids
+                return self._backend.encode(text, add_special_tokens=False).ids
+            return self._backend.encode_batch_fast([text], add_special_tokens=False)[0].ids
         except (UnicodeEncodeError, TypeError):  # lone surrogates
             raise BadRequest("the text is not valid Unicode", param="messages") from None
 
-    def _add_aliases(self, special: dict[str, dict[str, Any]]) -> dict[str, str]:
+    def _add_aliases(self, special: dict[str, AddedToken]) -> dict[str, str]:
         nonce = secrets.token_hex(8)
         aliases: dict[str, str] = {}
         added: list[AddedToken] = []
         for number, content in enumerate(self._control_ids):
             aliases[content] = alias = f"\ue000{nonce}-{number}\ue001"
-            flags = {name: special.get(content, {}).get(name, False) for name in ("lstrip", "rstrip")}
+            flags = {name: getattr(special.get(content), name, False) for name in ("lstrip", "rstrip")}
             # Not `normalized` (some old Llama tokenizers find a special token only after a space) nor `single_word`: an
             # alias that is missed would be read as text.
             added.append(AddedToken(alias, special=False, normalized=False, **flags))
-        self._coder.add_tokens(added)
+        self._backend.add_tokens(added)
         return aliases
 
     def _make_real_ids(self, unk_token: str | None) -> IntArray:
-        """From the coder's ids to the model's. -1 for a special token that did not come from an alias: some models'
+        """From the backend's ids to the model's. -1 for a special token that did not come from an alias: some models'
         vocabularies hold these among the ordinary pieces, where text may hit them. Not so for the unknown token."""
-        size = max(self._coder.get_vocab(with_added_tokens=True).values()) + 1
-        real_ids = np.arange(size, dtype=np.int64)
+        alias_ids = {content: int(self._backend.token_to_id(alias) or 0) for content, alias in self._aliases.items()}
+        real_ids = np.arange(max([len(self), *(alias_id + 1 for alias_id in alias_ids.values())]), dtype=np.int64)
         for content in self._control_ids:
-            coded = self._coder.token_to_id(content)
+            coded = self._backend.token_to_id(content)
             if coded is not None and content != unk_token:
                 real_ids[coded] = -1
-        for content, alias in self._aliases.items():
-            real_ids[self._coder.token_to_id(alias)] = self._control_ids[content]
+        for content, alias_id in alias_ids.items():
+            real_ids[alias_id] = self._control_ids[content]
         return real_ids
 
     def _respell(self, real: IntArray, coded: IntArray) -> list[int]:
@@ -165,20 +164,25 @@ class Tokenizer:
             if token_id >= 0:
                 result.append(token_id)
                 continue
-            for char in self._coder.id_to_token(code) or "":
-                pieces = [int(self._real_ids[piece.id]) for piece in self._coder.model.tokenize(char)]
+            for char in self._backend.id_to_token(code) or "":
+                pieces = [int(self._real_ids[piece.id]) for piece in self._backend.model.tokenize(char)]
                 result += [piece_id for piece_id in pieces if piece_id >= 0]
         return result
 
 
 def _any_of(names: Iterable[str]) -> re.Pattern[str]:
-    return re.compile("|".join(map(re.escape, names)) or r"(?!)")
+    """Longest first: of two tokens that start at one place, the tokenizers library takes the longer one."""
+    return re.compile("|".join(map(re.escape, sorted(names, key=len, reverse=True))) or r"(?!)")
 
 
-def _unk_token(model: dict[str, Any]) -> str | None:
-    if model.get("unk_id") is not None:  # Unigram
-        return str(model["vocab"][model["unk_id"]][0])
-    return model.get("unk_token")
+def _with_special(backend: Backend, content: str | None) -> Backend:
+    """The backend, or a copy in which this added token is special, too."""
+    if content is None or all(t.special or t.content != content for t in backend.get_added_tokens_decoder().values()):
+        return backend
+    parts = json.loads(backend.to_str())
+    for token in parts["added_tokens"]:
+        token["special"] = token["special"] or token["content"] == content
+    return Backend.from_str(json.dumps(parts))
 
 
 def _own_chat_template(path: str, hf: Any) -> str | None:

@@ -31,9 +31,9 @@ class Vocabulary:
 
     @staticmethod
     def of(backend: Backend) -> Vocabulary:
-        parts = json.loads(backend.to_str())
-        kind, strips = _kind(parts["decoder"])
-        special_ids = frozenset(token["id"] for token in parts["added_tokens"] if token["special"])
+        kind, strips = _kind(backend)
+        added = backend.get_added_tokens_decoder()
+        special_ids = frozenset(token_id for token_id, token in added.items() if token.special)
         ids = backend.get_vocab(with_added_tokens=True)
         names = [""] * (max(ids.values(), default=-1) + 1)
         for name, token_id in ids.items():
@@ -60,9 +60,10 @@ class Vocabulary:
         return Vocabulary(kind, token_bytes, special_ids, plain, byte_values, texts, strips)
 
 
-def _kind(decoder: dict[str, Any] | None) -> tuple[Kind, bool]:
-    if decoder is None:
+def _kind(backend: Backend) -> tuple[Kind, bool]:
+    if backend.decoder is None:
         return "other", False
+    decoder: dict[str, Any] = json.loads(backend.decoder.__getstate__())  # how it stands in tokenizer.json
     if decoder["type"] == "ByteLevel":
         return "bytes", False
     if decoder["type"] == "Sequence":
@@ -75,16 +76,17 @@ def _kind(decoder: dict[str, Any] | None) -> tuple[Kind, bool]:
     return "other", False
 
 
-def _byte_level_table() -> dict[str, int]:
-    """GPT-2's way to write any byte as a visible character: printable ones as they are, the rest from U+0100 on."""
+def _byte_level_table() -> dict[int, int]:
+    """GPT-2's way to write any byte as a visible character, for `str.translate`: printable ones as they are, the rest
+    from U+0100 on. What is not used to write bytes goes past Latin-1."""
     printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     others = [byte for byte in range(256) if byte not in printable]
-    return {chr(byte): byte for byte in printable} | {chr(0x100 + i): byte for i, byte in enumerate(others)}
+    return {byte: 0x100 for byte in others} | {0x100 + i: byte for i, byte in enumerate(others)}
 
 
-def _byte_level_bytes(name: str, table: dict[str, int]) -> bytes:
+def _byte_level_bytes(name: str, table: dict[int, int]) -> bytes:
     """An added token that is not written in that way, one with a space in it, say, spells itself."""
     try:
-        return bytes([table[char] for char in name])
-    except KeyError:
+        return name.translate(table).encode("latin-1")
+    except UnicodeEncodeError:
         return name.encode()

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -51,14 +52,14 @@ CUTTING = (  # takes pieces out of client text, as templates for reasoning model
 def qwen() -> tuple[Any, Tokenizer]:
     hf = byte_level(CHATML, eos="<|im_end|>", chat_template=QWEN2_VL)
     return hf, Tokenizer(
-        hf, image_token_id=hf.convert_tokens_to_ids("<|image_pad|>"), own_chat_template=hf.chat_template
+        copy.deepcopy(hf), image_token_id=hf.convert_tokens_to_ids("<|image_pad|>"), own_chat_template=hf.chat_template
     )
 
 
 @cache
 def llava() -> tuple[Any, Tokenizer]:
     hf = sentencepiece()
-    return hf, Tokenizer(hf, image_token_id=hf.convert_tokens_to_ids("<image>"))
+    return hf, Tokenizer(copy.deepcopy(hf), image_token_id=hf.convert_tokens_to_ids("<image>"))
 
 
 def chat(*turns: tuple[Role, tuple[str | ImagePart, ...]]) -> list[Message]:
@@ -260,19 +261,21 @@ class TestChoice:
         chosen, told = choose_template(None, tokenizer, family_template="qwen2-vl", takes_images=True)
         assert isinstance(chosen, JinjaTemplate) and told.name == "the model's own"
         for own, reason in ((TEXT_ONLY, "no place for images"), (None, "no chat template"), ("{% if", "does not work")):
-            other = Tokenizer(hf, image_token_id=tokenizer.control_id("<|image_pad|>"), own_chat_template=own)
+            other = Tokenizer(
+                copy.deepcopy(hf), image_token_id=tokenizer.control_id("<|image_pad|>"), own_chat_template=own
+            )
             chosen, told = choose_template(None, other, family_template="qwen2-vl", takes_images=True)
             assert chosen is BUILTIN_TEMPLATES["qwen2-vl"] and reason in told.reason
-        text_model = Tokenizer(hf, own_chat_template=TEXT_ONLY)
+        text_model = Tokenizer(copy.deepcopy(hf), own_chat_template=TEXT_ONLY)
         chosen, _ = choose_template(None, text_model, family_template=None, takes_images=False)
         assert isinstance(chosen, JinjaTemplate)
-        chosen, told = choose_template(None, Tokenizer(hf), family_template=None, takes_images=False)
+        chosen, told = choose_template(None, Tokenizer(copy.deepcopy(hf)), family_template=None, takes_images=False)
         assert chosen is None and "--chat-template" in told.reason
 
 
 def test_llama_3_style_bos_once() -> None:
     hf = byte_level(LLAMA_3, bos="<|begin_of_text|>", eos="<|eot_id|>")
-    tokenizer = Tokenizer(hf, image_token_id=hf.convert_tokens_to_ids("<|image|>"))
+    tokenizer = Tokenizer(copy.deepcopy(hf), image_token_id=hf.convert_tokens_to_ids("<|image|>"))
     source = (
         "{{ bos_token }}{% for m in messages %}<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n{{ m.content }}"
         "{% endfor %}"

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import copy
 import io
 import threading
 import time
@@ -53,7 +54,7 @@ async def make() -> AsyncIterator[Make]:
             family = family if family is not None else StubFamily(IMAGE_ID)
             fetcher = ImageFetcher(executor=executor)
             fetchers.append(fetcher)
-            tokenizer = Tokenizer(HF, image_token_id=family.image_token_id)
+            tokenizer = Tokenizer(copy.deepcopy(HF), image_token_id=family.image_token_id)
             limits = PromptLimits(**{"context_len": 4096, "vocab_size": VOCAB, **options.pop("limits", {})})
             template = options.pop("template", BUILTIN_TEMPLATES["qwen2-vl"])
             return PromptBuilder(family, tokenizer, template, fetcher, executor, limits, **options)

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from typing import Any
@@ -20,15 +21,20 @@ KINDS = ["qwen", "llama3", "llama2", "llama2-first", "llama2-normalized", "unigr
 def pair(kind: str) -> tuple[Any, Tokenizer]:
     if kind == "qwen":
         hf: Any = byte_level(CHATML, eos="<|im_end|>")
-        return hf, Tokenizer(hf, image_token_id=hf.convert_tokens_to_ids("<|image_pad|>"))
+        return hf, made(hf, hf.convert_tokens_to_ids("<|image_pad|>"))
     if kind == "llama3":
         hf = byte_level(LLAMA_3, bos="<|begin_of_text|>", eos="<|eot_id|>")
-        return hf, Tokenizer(hf, image_token_id=hf.convert_tokens_to_ids("<|image|>"))
+        return hf, made(hf, hf.convert_tokens_to_ids("<|image|>"))
     if kind == "unigram":
         hf = unigram()
-        return hf, Tokenizer(hf, image_token_id=len(hf))
+        return hf, made(hf, len(hf))
     hf = sentencepiece(first_only=kind == "llama2-first", normalized=kind == "llama2-normalized")
-    return hf, Tokenizer(hf, image_token_id=hf.convert_tokens_to_ids("<image>"))
+    return hf, made(hf, hf.convert_tokens_to_ids("<image>"))
+
+
+def made(hf: Any, image_token_id: int | None) -> Tokenizer:
+    """From a copy: a Tokenizer takes its backend over."""
+    return Tokenizer(copy.deepcopy(hf), image_token_id=image_token_id)
 
 
 def flat(segments: list[Segment], tokenizer: Tokenizer) -> str:
@@ -139,7 +145,7 @@ def test_a_special_token_that_takes_white_space_with_it() -> None:
 
 def test_an_image_token_that_the_tokenizer_lacks() -> None:
     hf = sentencepiece(image=False)
-    tokenizer = Tokenizer(hf, image_token_id=len(hf))
+    tokenizer = made(hf, len(hf))
     assert tokenizer.image_token == "<image>" and tokenizer.control_id("<image>") == len(hf)
     ids = tokenizer.encode([Control("USER: "), ImageSlot(), ClientText("what <image>?")])
     assert ids.count(len(hf)) == 1
@@ -152,7 +158,7 @@ def test_an_image_token_that_is_not_special() -> None:
     hf = sentencepiece(image=False)
     hf.add_tokens([AddedToken("<image>", special=False, normalized=False)])
     image_id = hf.convert_tokens_to_ids("<image>")
-    tokenizer = Tokenizer(hf, image_token_id=image_id)
+    tokenizer = made(hf, image_id)
     assert image_id not in tokenizer.encode([ClientText("a <image> b")])
     assert tokenizer.encode([ImageSlot()]).count(image_id) == 1
 
