@@ -85,6 +85,8 @@ class PromptBuilder:
         template = self._template
         if template is None:
             raise BadRequest("this model has no chat template: use /generate", param="messages")
+        if not messages:
+            raise BadRequest("messages is empty", param="messages")
         images = [part for message in messages for part in message.parts if isinstance(part, ImagePart)]
         self._check_images(images)
         num_chars = sum(len(part.text) for message in messages for part in message.parts if isinstance(part, TextPart))

@@ -207,7 +207,7 @@ async def test_refusals(make: Make) -> None:
             await build
     with pytest.raises(BadRequest, match="no chat template"):
         await make(template=None).build_chat([user("x")])
-    for build in (builder.build_text(""), builder.build_ids([])):
+    for build in (builder.build_text(""), builder.build_ids([]), builder.build_chat([])):
         with pytest.raises(BadRequest, match="empty"):
             await build
 
