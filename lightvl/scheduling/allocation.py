@@ -199,7 +199,8 @@ class Allocator:
             while node is not None and node.parent is not None:
                 node_pins[node] = node_pins.get(node, 0) + 1
                 node = node.parent
-            assert alloc.claim is None or self.claims[alloc.claim] is alloc
+            in_flight = alloc.last_step > self._last_completed
+            assert alloc.claim is None or (self.claims[alloc.claim] is alloc and (alloc.prefilling or in_flight))
         assert all(self.pages.refs(page) == refs.get(page, 0) for page in range(self.pages.num_pages))
         assert all(node.pins == pins for node, pins in node_pins.items())
         assert sum(alloc.claim is not None for alloc in running) == len(self.claims)
@@ -247,7 +248,7 @@ class Allocator:
 
     def _claim_next(self, alloc: Allocation) -> None:
         self._drop_claim(alloc)
-        if alloc.node is None or not alloc.enters or not alloc.prefilling:
+        if alloc.node is None or not alloc.enters:
             return
         if (alloc.num_entered + 1) * self.page_size <= alloc.sequence.num_tokens:
             claim = (alloc.node, self.page_key(alloc.sequence, alloc.num_entered))

@@ -107,8 +107,12 @@ class PagePool:
         assert len(set(free)) == len(free) == self.num_free, "a page is free twice"
         assert all(self._refs[page] == 0 and not self._in_cache[page] for page in free), "a free page is in use"
         assert (held, cached, len(quarantined)) == (self.num_held, self.num_cached, self.num_quarantined)
-        assert self.num_free + held + cached == self.num_pages, (
-            f"{self.num_free} free + {held} held + {cached} cached != {self.num_pages}"
+        self.check_counts()
+
+    def check_counts(self) -> None:
+        """The law, in constant time."""
+        assert self.num_free + self.num_held + self.num_cached == self.num_pages, (
+            f"{self.num_free} free + {self.num_held} held + {self.num_cached} cached != {self.num_pages}"
         )
 
     def _set_free(self, page: int) -> None:

@@ -183,6 +183,14 @@ class Scheduler:
             assert self._pages.num_held == 0 and not self._demand and not self._images.num_encoding
         self._allocator.check(self._running)
 
+    def check_idle(self) -> None:
+        """The same laws by their counters alone, in constant time: for a server that has nothing to do."""
+        assert not self.has_work and not self._demand and not self._images.num_encoding
+        for pool in (self._pages, self._images.pages):
+            if pool is not None:
+                pool.check_counts()
+        assert self._pages.num_held == 0, f"{self._pages.num_held} pages are held by nobody"
+
     # Choosing
 
     def _draft(self, *, admit: bool) -> Draft:

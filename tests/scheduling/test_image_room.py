@@ -59,6 +59,7 @@ def test_an_encode_in_flight_is_neither_dropped_nor_begun_again() -> None:
     works = store.launch_encodes(1) + store.launch_encodes(2)
     store.complete_encodes(works[:1], (), (1,))  # failed, while step 2 still works on it
     assert store.get(1) is None and store.reserve(image(1)) is None and store.room_is_coming(image(1))
+    assert store.take_dropped() == (1,)
     store.complete_encodes(works[1:], (1,), ())  # and it even succeeds there
     assert store.take_dropped() == (1,)
     assert store.reserve(image(1)) is not None

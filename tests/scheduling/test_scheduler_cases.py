@@ -42,8 +42,10 @@ def test_an_identical_prompt_is_cached_but_for_a_page(length: int) -> None:
     assert length - 4 <= again.num_cached < length
 
 
-def test_sixteen_same_prefixes_are_computed_once() -> None:
-    engine = FakeEngine(Config(num_pages=200, max_running=16, chunk_tokens=8))
+@pytest.mark.parametrize("chunk_tokens", [8, 30, 500])
+@pytest.mark.parametrize("steps", [1, 2])
+def test_sixteen_same_prefixes_are_computed_once(chunk_tokens: int, steps: int) -> None:
+    engine = FakeEngine(Config(num_pages=200, max_running=16, chunk_tokens=chunk_tokens, max_steps_in_flight=steps))
     for idx in range(16):
         submit(engine, text((0, 40), (1000 + 10 * idx, 5)), LONG)
     engine.drain()
@@ -119,6 +121,18 @@ def test_the_next_turn_hits_prompt_and_answer() -> None:
     assert turn.num_cached >= 8 + len(answer) - 2
 
 
+def test_answers_behind_a_page_that_two_computed_are_cached_too() -> None:
+    """Equal prompts of full pages each compute the last page, and only one of the two enters the tree."""
+    engine = FakeEngine(Config(num_pages=100, chunk_tokens=64))
+    sequences = [submit(engine, text((0, 16)), SamplingParams(max_tokens=12, seed=seed)) for seed in range(2)]
+    engine.drain()
+    assert sequences[0].output_ids != sequences[1].output_ids
+    for sequence in sequences:
+        turn = submit(engine, make_prompt([list(range(16)), sequence.output_ids, [9, 9]], cross=False))
+        engine.drain()
+        assert turn.num_cached == 24
+
+
 def test_the_latest_arrival_is_preempted_and_loses_no_token() -> None:
     engine = FakeEngine(Config(num_pages=10, chunk_tokens=64, max_running=3))
     sequences = [submit(engine, text((50 * idx, 9)), SamplingParams(max_tokens=25)) for idx in range(3)]
@@ -134,7 +148,7 @@ def test_the_latest_arrival_is_preempted_and_loses_no_token() -> None:
 
 
 def test_pages_that_come_free_soon_preempt_nobody() -> None:
-    engine = FakeEngine(Config(num_pages=7, chunk_tokens=64, max_running=3, max_steps_in_flight=2))
+    engine = FakeEngine(Config(num_pages=6, chunk_tokens=64, max_running=3, max_steps_in_flight=2))
     old, _, third = (submit(engine, text((50 * idx, 7)), LONG) for idx in range(3))
     engine.launch()
     engine.launch()
@@ -216,6 +230,17 @@ def test_a_failed_encode_ends_those_who_need_it_and_no_others() -> None:
     good = submit(engine, make_prompt([[1], (3, 4)], cross=False))
     engine.drain()
     assert [engine.ended[s] for s in bad] == ["failed"] * 3 and engine.ended[good] == "done"
+
+
+def test_a_sequence_that_is_not_ended_has_its_failed_encode_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = FakeEngine(Config(num_pages=100), fail_images=frozenset({2}))
+    sequence = submit(engine, make_prompt([[1], (2, 4), [3]], cross=False))
+    monkeypatch.setattr(engine.scheduler, "sequences_needing", lambda key: [])
+    for _ in range(4):
+        step(engine)
+    engine.fail_images = frozenset()
+    engine.drain()
+    assert engine.ended[sequence] == "done"
 
 
 def test_an_encode_that_nobody_needs_any_more_is_dropped() -> None:
