@@ -94,6 +94,7 @@ class Engine:
                 elif self._in_flight:
                     await self._complete_oldest()
                 elif not self._scheduler.has_work:
+                    self._check_idle()
                     self._work_arrived.clear()
                     await self._work_arrived.wait()
                 else:
@@ -104,6 +105,13 @@ class Engine:
             logger.exception("the engine loop broke; all requests are ended")
             self._fail_all(LightVLError("The engine failed."))
             raise
+
+    def _check_idle(self) -> None:
+        """A leak is told in the log; the server goes on with what it has left."""
+        try:
+            self._scheduler.check_idle()
+        except AssertionError as error:
+            logger.error("a conservation law is broken: %s", error)
 
     async def _complete_oldest(self) -> None:
         plan, pending = self._in_flight[0]
