@@ -72,10 +72,8 @@ class Tokenizer:
     @classmethod
     def load(cls, path: str, *, image_token_id: int | None = None) -> Tokenizer:
         """From a checkpoint folder or hub id. Raises ConfigError."""
-        from transformers import AutoTokenizer
-
         try:
-            hf = AutoTokenizer.from_pretrained(path)
+            hf = _load_hf(path)
         except Exception as error:  # transformers raises nearly anything on a broken folder
             raise ConfigError(f"{path}: its tokenizer cannot be loaded: {_first_line(error)}") from None
         return cls(hf, image_token_id=image_token_id, own_chat_template=_own_chat_template(path, hf))
@@ -183,6 +181,19 @@ def _with_special(backend: Backend, content: str | None) -> Backend:
     for token in parts["added_tokens"]:
         token["special"] = token["special"] or token["content"] == content
     return Backend.from_str(json.dumps(parts))
+
+
+def _load_hf(path: str) -> Any:
+    from transformers import AutoTokenizer, LlamaTokenizer
+
+    folder = Path(path)
+    if (folder / "tokenizer.model").is_file() and not (folder / "tokenizer.json").is_file():
+        settings = folder / "tokenizer_config.json"
+        kind = json.loads(settings.read_text(encoding="utf-8")).get("tokenizer_class") if settings.is_file() else None
+        # By the model_type of an original LLaVA ("llava") transformers would choose a class that loses first spaces.
+        if kind in (None, "LlamaTokenizer", "LlamaTokenizerFast"):
+            return LlamaTokenizer.from_pretrained(path)
+    return AutoTokenizer.from_pretrained(path)
 
 
 def _own_chat_template(path: str, hf: Any) -> str | None:

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from lightvl.errors import ConfigError
+from lightvl.models.families.llava import LlavaFamily
 from lightvl.models.families.mllama import MllamaFamily
 from lightvl.models.families.qwen2_vl import Qwen2VLFamily
 from lightvl.models.families.text import TextFamily
@@ -24,6 +25,12 @@ FAMILIES: dict[str, Callable[..., Family]] = {
     "MllamaForConditionalGeneration": MllamaFamily,
     "Qwen2VLForConditionalGeneration": Qwen2VLFamily,
     "Qwen2_5_VLForConditionalGeneration": Qwen2VLFamily,
+    "LlavaForConditionalGeneration": LlavaFamily,
+    "LlavaNextForConditionalGeneration": LlavaFamily,
+    "LlavaOnevisionForConditionalGeneration": LlavaFamily,
+    "LlavaLlamaForCausalLM": LlavaFamily,
+    "LlavaMistralForCausalLM": LlavaFamily,
+    "LlavaQwenForCausalLM": LlavaFamily,
     "LlamaForCausalLM": TextFamily,
     "MistralForCausalLM": TextFamily,
     "Qwen2ForCausalLM": TextFamily,
@@ -56,8 +63,8 @@ CPU_IMAGE_TOKENS = 1280
 
 
 def default_image_tokens(hf_config: dict[str, Any], device: torch.device) -> int | None:
-    """What bounds an image when the operator does not say; None: the model's own limit. A cross-attention tower always
-    computes all its tiles, so there a bound would cost detail and save nothing."""
-    if device.type != "cpu" or "MllamaForConditionalGeneration" in (hf_config.get("architectures") or []):
-        return None
-    return CPU_IMAGE_TOKENS
+    """What bounds an image when the operator does not say; None: the model's own limit, for all but Qwen2-VL, whose
+    images alone shrink smoothly. A cross-attention tower always computes all its tiles, so there a bound would cost
+    detail and save nothing; of LLaVA's tiles it would leave none."""
+    shrinks = any(FAMILIES.get(name) is Qwen2VLFamily for name in hf_config.get("architectures") or [])
+    return CPU_IMAGE_TOKENS if device.type == "cpu" and shrinks else None

@@ -109,7 +109,7 @@ def qwen_vision_config(hf_config: Mapping[str, Any], checkpoint: Path) -> QwenVi
         num_heads=int(_get(vision, "num_heads")),
         mlp_size=mlp_size,
         out_size=out_size,
-        activation=_activation(vision.get("hidden_act", "silu" if windowed else "quick_gelu")),
+        activation=read_activation(vision.get("hidden_act", "silu" if windowed else "quick_gelu")),
         gated_mlp=windowed,
         rope_theta=float((vision.get("rope_parameters") or {}).get("rope_theta", 10000.0)),
         patch=patch,
@@ -123,7 +123,7 @@ def qwen_vision_config(hf_config: Mapping[str, Any], checkpoint: Path) -> QwenVi
             processor.get("max_pixels"), size.get("longest_edge"), size.get("max_pixels"), 28 * 28 * 1280
         ),
         image_token_id=int(hf_config.get("image_token_id", 151655)),
-        pixels=_pixel_config(processor, mean=CLIP_MEAN, std=CLIP_STD, resample=BICUBIC),
+        pixels=pixel_config(processor, mean=CLIP_MEAN, std=CLIP_STD, resample=BICUBIC),
     )
 
 
@@ -153,7 +153,7 @@ def mllama_vision_config(hf_config: Mapping[str, Any], checkpoint: Path) -> Mlla
         num_global_layers=int(_get(vision, "num_global_layers")),
         num_heads=int(_first(vision.get("attention_heads"), vision.get("num_attention_heads"), 16)),
         mlp_size=int(_get(vision, "intermediate_size")),
-        activation=_activation(vision.get("hidden_act", "gelu")),
+        activation=read_activation(vision.get("hidden_act", "gelu")),
         norm_eps=float(vision.get("norm_eps", 1e-5)),
         patch=int(vision.get("patch_size", 14)),
         tile=tile,
@@ -162,11 +162,19 @@ def mllama_vision_config(hf_config: Mapping[str, Any], checkpoint: Path) -> Mlla
         kept_layers=kept_layers,
         out_size=int(_get(_get(hf_config, "text_config"), "hidden_size")),
         image_token_id=int(_first(hf_config.get("image_token_index"), hf_config.get("image_token_id"), 128256)),
-        pixels=_pixel_config(processor, mean=HALF, std=HALF, resample=BILINEAR),
+        pixels=pixel_config(processor, mean=HALF, std=HALF, resample=BILINEAR),
     )
 
 
 def read_processor(checkpoint: Path) -> dict[str, Any]:
+    """As `find_processor`, but ConfigError where there are none."""
+    settings = find_processor(checkpoint)
+    if settings is None:
+        raise ConfigError(f"{checkpoint} lacks preprocessor_config.json, which says how images are prepared")
+    return settings
+
+
+def find_processor(checkpoint: Path) -> dict[str, Any] | None:
     """The image processor's settings: preprocessor_config.json, or inside processor_config.json in newer folders."""
     for name, key in (("preprocessor_config.json", None), ("processor_config.json", "image_processor")):
         path = checkpoint / name
@@ -179,10 +187,10 @@ def read_processor(checkpoint: Path) -> dict[str, Any]:
             raise ConfigError(f"{path} is not JSON: {error}") from error
         if isinstance(settings, dict):
             return settings
-    raise ConfigError(f"{checkpoint} lacks preprocessor_config.json, which says how images are prepared")
+    return None
 
 
-def _pixel_config(
+def pixel_config(
     processor: Mapping[str, Any], *, mean: tuple[float, ...], std: tuple[float, ...], resample: int
 ) -> PixelConfig:
     if not processor.get("do_resize", True):
@@ -198,7 +206,7 @@ def _pixel_config(
     )
 
 
-def _activation(name: str) -> Activation:
+def read_activation(name: str) -> Activation:
     if name not in ACTIVATIONS:
         raise ConfigError(f"config.json: vision hidden_act {name!r} is not one of {', '.join(ACTIVATIONS)}")
     return ACTIVATIONS[name]

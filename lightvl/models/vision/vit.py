@@ -116,7 +116,7 @@ def _quick_gelu(x: torch.Tensor) -> torch.Tensor:
     return (x * 1.702).sigmoid_().mul_(x)
 
 
-_ACTIVATIONS: dict[Activation, Callable[[torch.Tensor], torch.Tensor]] = {
+ACTIVATIONS: dict[Activation, Callable[[torch.Tensor], torch.Tensor]] = {
     "quick_gelu": _quick_gelu,
     "gelu": F.gelu,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
@@ -142,7 +142,7 @@ class MLP(nn.Module):
         super().__init__()
         self.up = Linear(in_size, dict.fromkeys(ups, inner_size), bias=True, dtype=dtype, device=device)
         self.down = Linear(inner_size, {down: out_size}, bias=True, dtype=dtype, device=device)
-        self._act = _ACTIVATIONS[activation]
+        self._act = ACTIVATIONS[activation]
         self._is_gated = len(ups) == 2
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
