@@ -77,7 +77,8 @@ def test_speed_together_counts_only_while_all_write():
     first = answer(0, [0, 1, 2, 3, 4, 5], 6)
     second = answer(0, [2, 3, 4], 5)  # two tokens a piece
     assert summary.together_tok_s([first, second]) == (2 + 2 * 2) / 2
-    assert summary.together_tok_s([answer(0, [0, 1], 2), answer(0, [5, 6], 2)]) == 0
+    assert summary.together_tok_s([answer(0, [0, 1], 2), answer(0, [5, 6], 2)]) == 0.5  # never: all there is
+    assert summary.together_tok_s([answer(0, [1], 1)]) == 0
 
 
 def test_longest_pause_of_a_stream():
