@@ -44,6 +44,7 @@ def _serve(config: ServerConfig, started: float) -> None:
     from lightvl.engine.build import build_service  # brings torch
     from lightvl.metrics import Metrics
 
+    sys.setswitchinterval(0.001)  # seconds; a thread in Python code lets the event loop wait no longer than this
     metrics = Metrics()
     service = build_service(config, metrics)
     uvloop.run(run_server(config, service, metrics, sockets, started=started))

@@ -95,9 +95,9 @@ class PromptBuilder:
             segments = template.render(
                 messages, add_generation_prompt=add_generation_prompt, continue_final_message=continue_final_message
             )
-            return self._encode(segments, bos=template.starts_with_bos)
+            return self._encode(segments, "messages", bos=template.starts_with_bos)
 
-        return await self._with_images(await self._off_loop_if(num_chars > _INLINE_CHARS, encode), images)
+        return await self._with_images(await self._off_loop_if(num_chars > _INLINE_CHARS, encode), images, "messages")
 
     async def build_text(self, text: str, images: Sequence[ImagePart] = ()) -> Prompt:
         """A prompt as its client wrote it, special tokens included: image tokens in it are the images' slots. Without
@@ -115,8 +115,8 @@ class PromptBuilder:
             segments = [Control(pieces[0])]
             for piece in pieces[1:]:
                 segments += [ImageSlot(), Control(piece)]
-        ids = await self._off_loop_if(len(text) > _INLINE_CHARS, lambda: self._encode(segments, bos=False))
-        return await self._with_images(ids, images)
+        ids = await self._off_loop_if(len(text) > _INLINE_CHARS, lambda: self._encode(segments, "text", bos=False))
+        return await self._with_images(ids, images, "text")
 
     async def build_ids(self, token_ids: Sequence[int], images: Sequence[ImagePart] = ()) -> Prompt:
         """Taken as they are, but for images without a slot, which come first (after BOS)."""
@@ -127,13 +127,13 @@ class PromptBuilder:
             raise BadRequest(f"input_ids must be from 0 to {self._limits.vocab_size - 1}", param="input_ids")
         num_slots = 0 if image_token_id is None else ids.count(image_token_id)
         if num_slots == 0 and images:
-            front = self._encode(self._images_in_front(len(images)), bos=False)
+            front = self._encode(self._images_in_front(len(images)), "input_ids", bos=False)
             front = [token_id for token_id in front if token_id != self.tokenizer.bos_token_id]
             num_bos = 1 if ids and ids[0] == self.tokenizer.bos_token_id else 0
             ids[num_bos:num_bos] = front
         else:
             self._check_slots(num_slots, images, param="input_ids")
-        return await self._with_images(ids, images)
+        return await self._with_images(ids, images, "input_ids")
 
     def token_text(self, token_id: int) -> str:
         return self.tokenizer.token_text(token_id)
@@ -141,21 +141,22 @@ class PromptBuilder:
     def token_bytes(self, token_id: int) -> bytes:
         return self.tokenizer.token_bytes(token_id)
 
-    async def _with_images(self, ids: list[int], images: Sequence[ImagePart]) -> Prompt:
+    async def _with_images(self, ids: list[int], images: Sequence[ImagePart], param: str) -> Prompt:
+        """`param`: the request field that the text came in, for errors."""
         if not ids:
-            raise BadRequest("the prompt is empty", param="messages")
-        self._check_len(len(ids))
+            raise BadRequest("the prompt is empty", param=param)
+        self._check_len(len(ids), param)
         if not images:
             return Prompt(np.array(ids, dtype=np.int64), ids)
         media = await self.media.load(images)
-        self._check_len(len(ids) + sum(item.layout.num_tokens - 1 for item in media))
+        self._check_len(len(ids) + sum(item.layout.num_tokens - 1 for item in media), param)
         expansion = await self._off_loop_if(True, lambda: self._family.expand(ids, [item.layout for item in media]))
         return _assemble(expansion, media, self._family)
 
-    def _encode(self, segments: Sequence[Segment], *, bos: bool) -> list[int]:
+    def _encode(self, segments: Sequence[Segment], param: str, *, bos: bool) -> list[int]:
         num_chars = sum(len(segment.text) for segment in segments if not isinstance(segment, ImageSlot))
         if num_chars > self._limits.context_len * self._max_token_len:  # hopeless: not worth tokenizing
-            raise self._too_long(f"more than {num_chars // self._max_token_len}")
+            raise self._too_long(f"more than {num_chars // self._max_token_len}", param)
         return self.tokenizer.encode(segments, bos=bos)
 
     def _images_in_front(self, num_images: int) -> list[Segment]:
@@ -186,14 +187,14 @@ class PromptBuilder:
                 f"{param} has places for {num_slots} images, but the request has {len(images)} images", param=param
             )
 
-    def _check_len(self, num_tokens: int) -> None:
+    def _check_len(self, num_tokens: int, param: str) -> None:
         if num_tokens >= self._limits.context_len:
-            raise self._too_long(str(num_tokens))
+            raise self._too_long(str(num_tokens), param)
 
-    def _too_long(self, told: str) -> ContextLengthExceeded:
+    def _too_long(self, told: str, param: str) -> ContextLengthExceeded:
         return ContextLengthExceeded(
             f"This model's maximum context length is {self._limits.context_len} tokens, and the prompt has {told}",
-            param="messages",
+            param=param,
         )
 
     async def _off_loop_if(self, is_long: bool, work: Callable[[], T]) -> T:

@@ -214,14 +214,15 @@ async def test_refusals(make: Make) -> None:
 
 async def test_context_length(make: Make) -> None:
     builder = make(limits={"context_len": 64})
-    for build in (
-        builder.build_chat([user("word " * 100)]),
-        builder.build_chat([user("w" * 100_000)]),
-        builder.build_text("a", [image("big", width=100, height=80)]),
-        builder.build_ids([1] * 64),
+    for build, param in (
+        (builder.build_chat([user("word " * 100)]), "messages"),
+        (builder.build_chat([user("w" * 100_000)]), "messages"),
+        (builder.build_text("a", [image("big", width=100, height=80)]), "text"),
+        (builder.build_ids([1] * 64), "input_ids"),
     ):
         with pytest.raises(ContextLengthExceeded) as caught:
             await build
+        assert caught.value.param == param
         assert caught.value.code == "context_length_exceeded" and "64 tokens" in caught.value.message
     assert len(await builder.build_ids([1] * 63)) == 63
 
