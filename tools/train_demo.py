@@ -16,9 +16,9 @@ from pathlib import Path
 
 import torch
 from demo_training.evaluate import evaluate, table
-from demo_training.model import answer_loss, build_model, export
+from demo_training.model import answer_loss, build_model, encode_images, export
 from demo_training.samples import Writer, make_batch
-from demo_training.sight import learn_to_see
+from demo_training.sight import learn_to_see, make_head, name_loss
 from demo_training.tokenizer import train_tokenizer
 from tqdm import tqdm
 
@@ -64,13 +64,15 @@ def train(args: argparse.Namespace) -> None:
     torch.set_num_threads(args.threads)
     tokenizer = train_tokenizer()
     model = build_model(tokenizer, args.seed).train()
-    optimizer = make_optimizer(model, args.lr)
+    head = make_head(model)
+    optimizer = make_optimizer(torch.nn.ModuleList([model, head]), args.lr)
     clock = Clock(args.steps, args.minutes)
     args.work.mkdir(parents=True, exist_ok=True)
     checkpoint = args.work / "checkpoint.pt"
     if checkpoint.exists():
         state = torch.load(checkpoint, weights_only=True)
         model.load_state_dict(state["model"])
+        head.load_state_dict(state["head"])
         optimizer.load_state_dict(state["optimizer"])
         clock.step, clock.seconds_before = state["step"], state["seconds"]
     clock.started = time.monotonic()
@@ -78,6 +80,7 @@ def train(args: argparse.Namespace) -> None:
     def save() -> None:
         state = {
             "model": model.state_dict(),
+            "head": head.state_dict(),
             "optimizer": optimizer.state_dict(),
             "step": clock.step,
             "seconds": clock.seconds,
@@ -86,7 +89,7 @@ def train(args: argparse.Namespace) -> None:
         checkpoint.with_suffix(".partial").rename(checkpoint)
 
     if clock.step == 0:
-        learn_to_see(model, args.seed, args.sight_steps, args.sight_rows, args.sight_lr, not args.float32)
+        learn_to_see(model, head, args.seed, args.sight_steps, args.sight_rows, args.sight_lr, not args.float32)
         save()
     writer, saved, evaluated = Writer(tokenizer), clock.seconds, clock.seconds
     log_path = args.work / "loss.csv"
@@ -99,8 +102,12 @@ def train(args: argparse.Namespace) -> None:
                 group["lr"] = lr
             batch = make_batch(writer, args.seed, clock.step, args.rows)
             with torch.autocast("cpu", torch.bfloat16, enabled=not args.float32):
-                loss = answer_loss(model, batch)
-            loss.backward()
+                views = [encode_images(model, group) for group in batch.images]
+                loss = answer_loss(model, batch, views)
+                named = [
+                    name_loss(head, view, group.labels)[0] for view, group in zip(views, batch.images, strict=True)
+                ]
+            (loss + args.sight_weight * sum(named)).backward()
             norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0))
             if math.isfinite(norm):
                 optimizer.step()
@@ -153,6 +160,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--sight-steps", type=int, default=1000, help="steps for the tower alone, before any text")
     parser.add_argument("--sight-rows", type=int, default=32, help="images of one such step")
     parser.add_argument("--sight-lr", type=float, default=2e-3)
+    parser.add_argument("--sight-weight", type=float, default=0.5, help="of naming tokens beside the answers' loss")
     parser.add_argument("--lr", type=float, default=1e-3, help="peak learning rate")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--float32", action="store_true", help="without bf16 autocast (CPUs without bf16)")

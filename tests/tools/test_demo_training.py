@@ -12,7 +12,7 @@ transformers = pytest.importorskip("transformers")
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
 
-from demo_training import cases, model, questions, samples, scenes, sight  # noqa: E402
+from demo_training import cases, labels, model, questions, samples, scenes  # noqa: E402
 from demo_training.tokenizer import CHAT_TEMPLATE, CONTROL_TOKENS, train_tokenizer  # noqa: E402
 from hypothesis import given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
@@ -75,10 +75,10 @@ def test_the_picture_shows_the_scene():
 
 def test_tokens_are_labelled_by_what_they_show():
     thing = scenes.Thing("large", "blue", "square", 2)
-    labels = sight.token_labels([scenes.Spot(thing, 40.0, 120.0, 30.0, (0, 0, 0))], 168, 168).reshape(6, 6, -1)
+    named = labels.token_labels([scenes.Spot(thing, 40.0, 120.0, 30.0, (0, 0, 0))], 168, 168).reshape(6, 6, -1)
     blue, ground = list(scenes.COLOURS).index("blue"), len(scenes.COLOURS)
-    assert labels[4, 1].tolist() == [blue, scenes.SHAPES.index("square"), scenes.SIZES.index("large"), 2]
-    assert labels[0, 5].tolist() == [ground, sight.IGNORED, sight.IGNORED, sight.IGNORED]
+    assert named[4, 1].tolist() == [blue, scenes.SHAPES.index("square"), scenes.SIZES.index("large"), 2]
+    assert named[0, 5].tolist() == [ground, labels.IGNORED, labels.IGNORED, labels.IGNORED]
 
 
 @given(st.text())
@@ -99,6 +99,10 @@ def _tokenizer_once(known=[]):  # noqa: B006 (hypothesis cannot take fixtures of
 
 def test_control_tokens_are_one_token_each(tokenizer):
     assert all(tokenizer.encode(token).ids == [tokenizer.token_to_id(token)] for token in CONTROL_TOKENS)
+
+
+def _views(built, batch):
+    return [model.encode_images(built, group) for group in batch.images]
 
 
 @pytest.mark.parametrize("kind", ["pair", "turns", "image_last"])
@@ -127,7 +131,7 @@ def test_the_lean_forward_is_that_of_transformers(tokenizer, small_model, kind):
             mm_token_type_ids=(ids == writer.image_id).int(),
             **pixels,
         ).logits
-        ours = small_model.lm_head(model.hidden_states(small_model, batch))
+        ours = small_model.lm_head(model.hidden_states(small_model, batch, _views(small_model, batch)))
     torch.testing.assert_close(ours, right, atol=1e-4, rtol=1e-4)
 
 
@@ -141,8 +145,10 @@ def test_a_branch_sees_its_prefix_and_nothing_of_other_branches(tokenizer, small
     alone = samples.collate([[prefix, branches[2]]], [group], writer.image_id)
     with torch.inference_mode():
         start = len(prefix.ids) + len(branches[0].ids) + len(branches[1].ids)
-        in_company = model.hidden_states(small_model, whole)[0, start : start + len(branches[2].ids)]
-        by_itself = model.hidden_states(small_model, alone)[0, len(prefix.ids) :]
+        in_company = model.hidden_states(small_model, whole, _views(small_model, whole))[
+            0, start : start + len(branches[2].ids)
+        ]
+        by_itself = model.hidden_states(small_model, alone, _views(small_model, alone))[0, len(prefix.ids) :]
     torch.testing.assert_close(in_company, by_itself, atol=1e-4, rtol=1e-4)
 
 
@@ -152,7 +158,7 @@ def test_a_few_steps_lower_the_loss(tokenizer):
     batch = samples.make_batch(samples.Writer(tokenizer), seed=1, step=0, num_rows=4)
     losses = []
     for _ in range(4):
-        loss = model.answer_loss(trained, batch)
+        loss = model.answer_loss(trained, batch, _views(trained, batch))
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()

@@ -154,13 +154,13 @@ def _half(table: Tensor) -> Tensor:
     return table.to(torch.bfloat16) if torch.is_autocast_enabled("cpu") else table
 
 
-def hidden_states(model: Qwen2VLForConditionalGeneration, batch: Batch) -> Tensor:
-    """The text model's last hidden states (rows, length, hidden)."""
+def hidden_states(model: Qwen2VLForConditionalGeneration, batch: Batch, views: list[Tensor]) -> Tensor:
+    """The text model's last hidden states (rows, length, hidden); `views` are the encoded images of each group."""
     text = model.model.language_model
     ids = torch.from_numpy(batch.ids)
     x = text.embed_tokens(ids)
-    if batch.images:
-        features = torch.cat([encode_images(model, group).flatten(0, 1) for group in batch.images]).to(x.dtype)
+    if views:
+        features = torch.cat([view.flatten(0, 1) for view in views]).to(x.dtype)
         x = x.flatten(0, 1).index_copy(0, torch.from_numpy(batch.image_slots), features).view(x.shape)
     cos, sin = (_half(table).unsqueeze(1) for table in text.rotary_emb(x, torch.from_numpy(batch.positions)))
     mask = attention_mask(torch.from_numpy(batch.branches))
@@ -187,9 +187,9 @@ def attention_mask(branches: Tensor) -> Tensor:
     return _half(mask)
 
 
-def answer_loss(model: Qwen2VLForConditionalGeneration, batch: Batch) -> Tensor:
+def answer_loss(model: Qwen2VLForConditionalGeneration, batch: Batch, views: list[Tensor]) -> Tensor:
     """Mean cross entropy over the tokens of the answers (with the token that ends them)."""
-    hidden = hidden_states(model, batch).flatten(0, 1)[torch.from_numpy(batch.answer_slots)]
+    hidden = hidden_states(model, batch, views).flatten(0, 1)[torch.from_numpy(batch.answer_slots)]
     return F.cross_entropy(model.lm_head(hidden).float(), torch.from_numpy(batch.answer_ids))
 
 

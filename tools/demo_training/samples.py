@@ -6,18 +6,18 @@ batch have images of the same sizes.
 """
 
 import random
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from PIL import Image
 from tokenizers import Tokenizer
 
 from . import questions
-from .scenes import Scene, draw_scene, render, through_jpeg
+from .labels import UNIT, token_labels
+from .scenes import Scene, draw, draw_scene, lay_out, through_jpeg
 from .tokenizer import OTHER_SYSTEMS, SYSTEM
 
 PATCH, MERGE = 14, 2
-UNIT = PATCH * MERGE  # one image token is UNIT x UNIT pixels
 IMAGE = "<|vision_start|>{}<|vision_end|>"
 SMALL_SIDES, SIDES, LARGE_SIDES = (84, 112, 140), (84, 112, 140, 168, 196), (196, 224, 252, 280, 308, 336, 392)
 MAX_LARGE_PIXELS = 336 * 336
@@ -33,6 +33,7 @@ class ImageGroup:
 
     grid: tuple[int, int]
     patches: np.ndarray  # uint8 (images, patches, 3 * PATCH * PATCH), in the processor's order
+    labels: np.ndarray | None = None  # int64 (images, tokens, fields)
 
 
 @dataclass
@@ -107,15 +108,23 @@ def patchify(image: Image.Image) -> np.ndarray:
     return blocks.transpose(0, 3, 1, 4, 6, 2, 5).reshape(rows * columns * MERGE**2, -1)
 
 
-def picture(scene: Scene, width: int, height: int, rng: random.Random) -> Image.Image:
-    """The scene at this size; three in ten through the processor's kind of resize, one in ten through JPEG."""
+def picture(scene: Scene, width: int, height: int, rng: random.Random) -> tuple[np.ndarray, np.ndarray]:
+    """Patches and labels of the scene at this size; three in ten through a resize, one in ten through JPEG."""
+    drawn_width, drawn_height = width, height
     if rng.random() < 0.3:
         zoom = rng.choice((1, 1, 2, 3)) if width * height > 200 * 200 else 1
-        drawn = (width * zoom + rng.randint(-13, 13), height * zoom + rng.randint(-13, 13))
-        image = render(scene, *drawn, rng).resize((width, height), Image.Resampling.BICUBIC)
-    else:
-        image = render(scene, width, height, rng)
-    return through_jpeg(image, rng.randint(75, 95)) if rng.random() < 0.1 else image
+        drawn_width, drawn_height = width * zoom + rng.randint(-13, 13), height * zoom + rng.randint(-13, 13)
+    spots = lay_out(scene, drawn_width, drawn_height, rng)
+    image = draw(spots, drawn_width, drawn_height, rng)
+    if image.size != (width, height):
+        image = image.resize((width, height), Image.Resampling.BICUBIC)
+        across, down = width / drawn_width, height / drawn_height
+        spots = [
+            replace(spot, x=spot.x * across, y=spot.y * down, radius=spot.radius * min(across, down)) for spot in spots
+        ]
+    if rng.random() < 0.1:
+        image = through_jpeg(image, rng.randint(75, 95))
+    return patchify(image), token_labels(spots, width, height)
 
 
 def pick_size(rng: random.Random, step: int) -> tuple[int, int]:
@@ -142,13 +151,16 @@ def make_batch(writer: Writer, seed: int, step: int, num_rows: int) -> Batch:
         num_rows // 3 if num_pixels > 200 * 200 * len(sizes) else num_rows if kind == "branches" else num_rows * 3 // 2,
     )
     samples: list[list[Segment]] = []
-    patches: list[list[np.ndarray]] = [[] for _ in sizes]
+    views: list[list[tuple[np.ndarray, np.ndarray]]] = [[] for _ in sizes]
     for _ in range(num_rows):
         scenes = [draw_scene(rng, max_things=max_things) for _ in sizes]
-        for row, scene, (width, height) in zip(patches, scenes, sizes, strict=True):
-            row.append(patchify(picture(scene, width, height, rng)))
+        for row, scene, (width, height) in zip(views, scenes, sizes, strict=True):
+            row.append(picture(scene, width, height, rng))
         samples.append(make_sample(writer, kind, scenes, [(h // UNIT, w // UNIT) for w, h in sizes], rng))
-    images = [ImageGroup((h // PATCH, w // PATCH), np.stack(row)) for row, (w, h) in zip(patches, sizes, strict=True)]
+    images = [
+        ImageGroup((h // PATCH, w // PATCH), np.stack([view[0] for view in row]), np.stack([view[1] for view in row]))
+        for row, (w, h) in zip(views, sizes, strict=True)
+    ]
     return collate(samples, images, writer.image_id)
 
 
