@@ -51,7 +51,7 @@ class PromptImage:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Prompt:
-    """What a sequence starts from. The model reads `token_ids`; the radix cache reads `cache_key`, nothing else does."""
+    """What a sequence starts from. The model reads `token_ids`; only the radix cache reads `cache_key`."""
 
     token_ids: np.ndarray[Any, np.dtype[np.int64]]  # (len,); image rows hold the family's image token id
     cache_key: list[int]  # (len,); token ids, and at image rows `(1 << 128) | image.key`

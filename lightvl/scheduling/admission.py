@@ -34,7 +34,7 @@ class Place:
 class Admission:
     """How far one step's admission has come."""
 
-    num_reserved: int  # pages that running sequences are sure to ask for
+    num_reserved: int  # pages that running sequences are sure to ask for; the scheduler keeps it up as they grow
     look_until: int  # value of `num_looked_at` at which it ends
     idx: int = 0  # place in the queue; those before it were passed over
 
@@ -63,7 +63,7 @@ class WaitingQueue:
 
     def begin(self, running: list[Allocation]) -> Admission:
         """Admission into one step."""
-        reserved = sum(map(self._pages_to_come, running)) if self._queue else 0
+        reserved = sum(map(self.pages_to_come, running)) if self._queue else 0
         return Admission(reserved, self.num_looked_at + MAX_LOOKED_AT)
 
     def admit_next(self, admission: Admission, before: float, *, anyone_runs: bool) -> Allocation | None:
@@ -86,7 +86,7 @@ class WaitingQueue:
             self._places.pop(sequence, None)
             alloc = allocator.admit(sequence, node)
             self.num_looked_at += alloc.num_entered
-            admission.num_reserved += self._pages_to_come(alloc)
+            admission.num_reserved += self.pages_to_come(alloc)
             return alloc
         return None
 
@@ -108,7 +108,7 @@ class WaitingQueue:
             available -= allocator.radix.count_unpinned(node)
         return needed <= available
 
-    def _pages_to_come(self, alloc: Allocation) -> int:
+    def pages_to_come(self, alloc: Allocation) -> int:
         """Pages that a running sequence is sure to ask for: the rest of its known tokens, and one to go on."""
         missing = self._allocator.pages_for(alloc.sequence.num_tokens + 1) - len(alloc.sequence.pages)
         return max(missing, 1)

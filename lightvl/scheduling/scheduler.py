@@ -221,7 +221,8 @@ class Scheduler:
             return  # its last token needs no K,V
         if start >= num_known:
             on_device = alloc.token_on_device and start < num_known + sequence.num_samples_in_flight
-            if not on_device:
+            # a repetition penalty is about tokens that the host knows
+            if not on_device or sequence.params.repetition_penalty != 1:
                 return
         if start >= len(sequence.pages) * self.limits.page_size and not self._grow(draft, alloc, start + 1):
             return
@@ -262,7 +263,11 @@ class Scheduler:
             most = tokens_left
             if seconds_left < float("inf"):
                 most = min(most, max(self.budget.tokens_within(seconds_left, alloc.sequence.num_scheduled), floor))
-            row = self._draft_chunk(draft, alloc, most) if not alloc.released else None
+            if alloc.released:
+                continue
+            admission.num_reserved -= self._waiting.pages_to_come(alloc)
+            row = self._draft_chunk(draft, alloc, most)
+            admission.num_reserved += self._waiting.pages_to_come(alloc)
             if row is not None:
                 draft.rows.append((alloc, row))
                 tokens_left -= row.len

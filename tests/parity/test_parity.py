@@ -211,3 +211,31 @@ async def test_two_steps_in_flight_change_nothing(oracle_of: GetOracle, family: 
         answers = await asyncio.gather(*(ask(service, turns, max_tokens=20) for turns in all_turns))
         for turns, (answer,) in zip(all_turns, answers, strict=True):
             assert_same(oracle, turns, answer)
+
+
+async def test_a_repetition_penalty_counts_every_token(oracle_of: GetOracle) -> None:
+    """The same answer with one and with two steps in flight, and another one than without the penalty."""
+    oracle = oracle_of("qwen2")
+    turns = question(0, 1)
+    answers = []
+    async with serving(oracle) as service:
+        plain = (await ask(service, turns, max_tokens=40))[0].token_ids
+        for max_steps in (1, 2):
+            scheduler = service.engine._scheduler
+            scheduler.limits = replace(scheduler.limits, max_steps_in_flight=max_steps)
+            answers.append((await ask(service, turns, max_tokens=40, repetition_penalty=1.5))[0].token_ids)
+    assert answers[0] == answers[1] != plain
+    prompt_ids, _ = oracle.prepare(turns)
+    for step, token_id in enumerate(answers[0]):
+        seen = torch.tensor(sorted({*prompt_ids, *answers[0][:step]}))
+        penalised = _raw_logits(oracle, prompt_ids + answers[0][:step])
+        penalised[seen] = torch.where(penalised[seen] > 0, penalised[seen] / 1.5, penalised[seen] * 1.5)
+        best = penalised.topk(2)
+        if best.values[0] - best.values[1] > 2e-3:
+            assert token_id == best.indices[0], f"output {step} is another token"
+
+
+@torch.no_grad()
+def _raw_logits(oracle: Oracle, ids: list[int]) -> torch.Tensor:
+    logits: torch.Tensor = oracle.model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].float()
+    return logits
