@@ -148,15 +148,20 @@ def test_the_latest_arrival_is_preempted_and_loses_no_token() -> None:
 
 
 def test_pages_that_come_free_soon_preempt_nobody() -> None:
-    engine = FakeEngine(Config(num_pages=6, chunk_tokens=64, max_running=3, max_steps_in_flight=2))
-    old, _, third = (submit(engine, text((50 * idx, 7)), LONG) for idx in range(3))
-    engine.launch()
-    engine.launch()
-    engine.end(third, "abort")  # in flight: its pages come when the step has completed
-    assert old.state is SequenceState.RUNNING
+    engine = FakeEngine(Config(num_pages=8, chunk_tokens=64, max_running=3, max_steps_in_flight=2))
+    first, second, third = (submit(engine, text(run), LONG) for run in ((0, 7), (50, 7), (100, 1)))
+    while first.num_scheduled < 12:
+        if engine.launch() is None:
+            engine.complete()
+    assert engine.pages.num_ready == 0 and len(engine.in_flight) == 2
+    engine.end(third, "abort")  # in flight: its pages come when the step has completed, and `first` needs one now
     engine.complete()
     engine.launch()
-    assert engine.scheduler.num_preempted == 0
+    assert engine.scheduler.num_preempted == 0 and first.num_scheduled == 12
+    engine.complete()
+    engine.launch()
+    assert engine.scheduler.num_preempted == 0 and first.num_scheduled == second.num_scheduled == 13
+    engine.drain()
 
 
 def test_a_lone_sequence_without_pages_is_exhausted() -> None:
