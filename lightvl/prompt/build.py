@@ -135,6 +135,25 @@ class PromptBuilder:
             self._check_slots(num_slots, images, param="input_ids")
         return await self._with_images(ids, images, "input_ids")
 
+    def text_of(self, prompt: Prompt) -> str:
+        """As the model reads it, control tokens spelled out and each image as one image token."""
+        keep = np.ones(len(prompt), dtype=bool)
+        for image in prompt.images:
+            if not self._family.cross_page_len:
+                keep[image.first_row + 1 : image.end_row] = False
+        return self.tokenizer.decode(prompt.token_ids[keep].tolist(), skip_special=False)
+
+    async def tokenize(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        """Special tokens in the text are taken as such. `add_special_tokens`: BOS, where the tokenizer puts one."""
+        is_long = len(text) > _INLINE_CHARS
+        ids = await self._off_loop_if(is_long, lambda: self._encode([Control(text)], "prompt", bos=False))
+        has_own_bos = self._split_bos(text)[0] != ""
+        starts_with_bos = ids[:1] == [self.tokenizer.bos_token_id]
+        return ids[1:] if starts_with_bos and not has_own_bos and not add_special_tokens else ids
+
+    def detokenize(self, token_ids: Sequence[int], *, skip_special_tokens: bool) -> str:
+        return self.tokenizer.decode(token_ids, skip_special=skip_special_tokens)
+
     def token_text(self, token_id: int) -> str:
         return self.tokenizer.token_text(token_id)
 

@@ -7,9 +7,9 @@ from typing import Any
 from aiohttp import web
 
 from lightvl.config import ModelInfo
-from lightvl.errors import NotFound, Overloaded
+from lightvl.errors import Overloaded
 from lightvl.server.middleware import json_reply
-from lightvl.server.service import Context
+from lightvl.server.service import Context, check_model
 
 
 async def health(context: Context, request: web.Request) -> web.Response:
@@ -26,8 +26,7 @@ async def models(context: Context, request: web.Request) -> web.Response:
 
 async def model(context: Context, request: web.Request) -> web.Response:
     name = request.match_info["model"]
-    if not context.service.info.answers_to(name):
-        raise NotFound(f"The model '{name}' does not exist.", param="model", code="model_not_found")
+    check_model(context.service.info, name)
     return json_reply(_model(context.service.info))
 
 

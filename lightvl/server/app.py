@@ -19,7 +19,7 @@ from aiohttp.http_exceptions import HttpProcessingError
 from lightvl.config import ServerConfig
 from lightvl.errors import ConfigError
 from lightvl.metrics import Metrics
-from lightvl.server import admin
+from lightvl.server import admin, tokens
 from lightvl.server.chat import chat_completions
 from lightvl.server.generate import generate
 from lightvl.server.greeting import greeting
@@ -37,7 +37,13 @@ BACKLOG = 1024
 
 Endpoint = Callable[[Context, web.Request], Awaitable[web.StreamResponse]]
 
-_WORK: dict[str, Endpoint] = {"/v1/chat/completions": chat_completions, "/generate": generate}
+_WORK: dict[str, Endpoint] = {
+    "/v1/chat/completions": chat_completions,
+    "/v1/chat/completions/render": tokens.render,
+    "/v1/tokenize": tokens.tokenize,
+    "/v1/detokenize": tokens.detokenize,
+    "/generate": generate,
+}
 _ADMIN: dict[str, Endpoint] = {
     "/health": admin.health,
     "/v1/models": admin.models,

@@ -9,8 +9,8 @@ from collections.abc import AsyncGenerator
 import msgspec
 from aiohttp import web
 
-from lightvl.core import Delta, Finish, ImagePart, Message, Role, SamplingParams, TextPart, TokenLogprob
-from lightvl.errors import BadRequest, NotFound
+from lightvl.core import Delta, Finish, ImagePart, Message, Prompt, Role, SamplingParams, TextPart, TokenLogprob
+from lightvl.errors import BadRequest
 from lightvl.server import sse
 from lightvl.server.body import read_body, refuse_unserved
 from lightvl.server.params import fit, positive, sampling_params, top_logprobs
@@ -30,7 +30,7 @@ from lightvl.server.schema import (
     TopLogprob,
     Usage,
 )
-from lightvl.server.service import Context, PromptBuilder
+from lightvl.server.service import Context, PromptBuilder, check_model
 
 _ROLES: dict[str, Role] = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 _LEAST_LOGPROB = -9999.0
@@ -42,17 +42,9 @@ _encode = msgspec.json.Encoder().encode
 async def chat_completions(context: Context, request: web.Request) -> web.StreamResponse:
     wire = await read_body(request, ChatRequest)
     started = time.monotonic()
-    params = _check(context, wire)
-    messages = _messages(wire.messages)
-    continues = bool(wire.continue_final_message)
-    if continues and messages[-1].role != "assistant":
-        raise BadRequest(
-            "'continue_final_message' needs a last message of the assistant.", param="continue_final_message"
-        )
+    params = check(context, wire)
     service = context.service
-    prompt = await service.prompts.build_chat(
-        messages, add_generation_prompt=not continues, continue_final_message=continues
-    )
+    prompt = await build_prompt(service.prompts, wire)
     params = fit(params, len(prompt), service.info.context_len, "messages")
     completion_id = "chatcmpl-" + uuid.uuid4().hex
     with Run(context, completion_id, prompt, params, started=started) as run:
@@ -62,11 +54,20 @@ async def chat_completions(context: Context, request: web.Request) -> web.Stream
         return await sse.stream(request, _chunks(run, service.info.served_name, with_usage))
 
 
-def _check(context: Context, wire: ChatRequest) -> SamplingParams:
+async def build_prompt(prompts: PromptBuilder, wire: ChatRequest) -> Prompt:
+    messages = _messages(wire.messages)
+    continues = bool(wire.continue_final_message)
+    if continues and messages[-1].role != "assistant":
+        raise BadRequest(
+            "'continue_final_message' needs a last message of the assistant.", param="continue_final_message"
+        )
+    return await prompts.build_chat(messages, add_generation_prompt=not continues, continue_final_message=continues)
+
+
+def check(context: Context, wire: ChatRequest) -> SamplingParams:
     """All that can be wrong with the request but for its messages."""
     info = context.service.info
-    if not info.answers_to(wire.model):
-        raise NotFound(f"The model '{wire.model}' does not exist.", param="model", code="model_not_found")
+    check_model(info, wire.model)
     refuse_unserved(wire, UNSERVED_CHAT)
     if wire.stream_options is not None and not wire.stream:
         raise BadRequest("'stream_options' is only allowed when 'stream' is true.", param="stream_options")

@@ -122,6 +122,18 @@ class ChatRequest(SamplingFields, kw_only=True):
     lora_path: Any = None
 
 
+class TokenizeRequest(Struct, kw_only=True, forbid_unknown_fields=True):
+    prompt: str
+    model: str | None = None
+    add_special_tokens: bool | None = None
+
+
+class DetokenizeRequest(Struct, kw_only=True, forbid_unknown_fields=True):
+    tokens: list[int]
+    model: str | None = None
+    skip_special_tokens: bool | None = None
+
+
 UNSERVED_CHAT: dict[str, tuple[Any, ...]] = {
     **UNSERVED_SAMPLING,
     "tools": ([],),

@@ -10,6 +10,7 @@ from typing import Protocol
 
 from lightvl.config import ModelInfo, ServerConfig
 from lightvl.core import EngineClient, ImagePart, Message, Prompt
+from lightvl.errors import NotFound
 from lightvl.metrics import Metrics
 from lightvl.server.lifecycle import Lifecycle
 
@@ -41,6 +42,20 @@ class PromptBuilder(Protocol):
         ...
 
     def token_bytes(self, token_id: int) -> bytes: ...
+
+    def text_of(self, prompt: Prompt) -> str:
+        """As the model reads it, control tokens spelled out and each image as one image token."""
+        ...
+
+    async def tokenize(self, text: str, *, add_special_tokens: bool) -> list[int]: ...
+
+    def detokenize(self, token_ids: Sequence[int], *, skip_special_tokens: bool) -> str: ...
+
+
+def check_model(info: ModelInfo, name: str | None) -> None:
+    """Raises NotFound for a name that is not served."""
+    if not info.answers_to(name):
+        raise NotFound(f"The model '{name}' does not exist.", param="model", code="model_not_found")
 
 
 class Service(Protocol):

@@ -295,3 +295,14 @@ async def test_long_prompts_and_large_images_leave_the_loop_free(make: Make) -> 
     await watcher
     print(f"longest block {worst * 1e3:.1f} ms")
     assert worst < 0.25
+
+
+async def test_a_prompt_as_text(make: Make) -> None:
+    builder = make()
+    text = "<|im_start|>user\nA<|vision_start|><|image_pad|><|vision_end|>B<|image_pad|>"
+    prompt = await builder.build_text(text, [image("a"), image("b")])
+    assert len(prompt) > len(await builder.tokenize(text, add_special_tokens=True))
+    assert builder.text_of(prompt) == text
+    ids = await builder.tokenize(text, add_special_tokens=False)
+    assert builder.detokenize(ids, skip_special_tokens=False) == text
+    assert builder.detokenize(ids, skip_special_tokens=True) == "user\nAB"

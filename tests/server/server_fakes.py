@@ -61,6 +61,15 @@ class FakePrompts:
         ids = [0] * (IMAGE_TOKENS * len(images)) + ids
         return Prompt(np.array(ids, np.int64), ids, pictures, num_image_tokens=IMAGE_TOKENS * len(images))
 
+    def text_of(self, prompt: Prompt) -> str:
+        return "".join(map(chr, prompt.token_ids.tolist()))
+
+    async def tokenize(self, text: str, *, add_special_tokens: bool) -> list[int]:
+        return [1] * add_special_tokens + [ord(c) for c in text]
+
+    def detokenize(self, token_ids: Sequence[int], *, skip_special_tokens: bool) -> str:
+        return "".join(chr(i) for i in token_ids if i != 1 or not skip_special_tokens)
+
     def token_text(self, token_id: int) -> str:
         return chr(token_id)
 
