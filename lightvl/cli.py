@@ -6,6 +6,7 @@ checkpoints and busy ports are one line on stderr and exit status 2."""
 from __future__ import annotations
 
 import argparse
+import gc
 import re
 import sys
 import time
@@ -47,6 +48,7 @@ def _serve(config: ServerConfig, started: float) -> None:
     sys.setswitchinterval(0.001)  # seconds; a thread in Python code lets the event loop wait no longer than this
     metrics = Metrics()
     service = build_service(config, metrics)
+    gc.freeze()  # what is loaded stays; collections on the event loop need not walk it
     uvloop.run(run_server(config, service, metrics, sockets, started=started))
 
 

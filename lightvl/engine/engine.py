@@ -88,9 +88,10 @@ class Engine:
         try:
             while True:
                 plan = self._scheduler.plan()
-                self._end_exhausted()
                 if plan is not None:
                     self._in_flight.append((plan, self._device.submit(plan)))
+                elif self._end_exhausted():
+                    continue  # others may fit now
                 elif self._in_flight:
                     await self._complete_oldest()
                 elif not self._scheduler.has_work:
@@ -120,7 +121,8 @@ class Engine:
         except asyncio.CancelledError:
             raise
         except Exception as error:
-            result = StepResult(StepOutcome(failed=tuple(work.image.key for work in plan.encodes)), rows_error=error)
+            keys = tuple(work.image.key for work in plan.encodes)
+            result = StepResult(StepOutcome(failed=keys, rows_failed=True), rows_error=error)
             result.encode_errors = dict.fromkeys(result.outcome.failed, error)
         self._in_flight.popleft()
         self._scheduler.complete(plan, result.outcome)
@@ -165,12 +167,15 @@ class Engine:
             )
         )
 
-    def _end_exhausted(self) -> None:
-        for sequence in self._scheduler.take_exhausted():
+    def _end_exhausted(self) -> bool:
+        """End the sequences that ran alone and found no page to go on; whether there were any."""
+        exhausted = self._scheduler.take_exhausted()
+        for sequence in exhausted:
             choice = self._choices.get(sequence)
             if choice is not None:
                 choice.emit_text(choice.detokenizer.flush())
                 self._finish(choice, "length", None)
+        return bool(exhausted)
 
     def _fail_broken(self, plan: StepPlan, result: StepResult) -> None:
         for image_key, error in result.encode_errors.items():

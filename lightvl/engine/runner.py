@@ -47,6 +47,7 @@ class Runner:
         outcome = StepOutcome(
             encoded=tuple(encoded),
             failed=tuple(encode_errors),
+            rows_failed=rows_error is not None,
             encode_s=encode_end - begin,
             rows_s=time.perf_counter() - encode_end,
         )

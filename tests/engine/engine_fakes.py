@@ -60,8 +60,8 @@ class FakeDevice:
             calls = self._encode_calls[work.image.key] = self._encode_calls.get(work.image.key, 0) + 1
             if calls == 2:
                 encoded.append(work.image.key)
-        outcome = StepOutcome(encoded=tuple(encoded), failed=tuple(errors), rows_s=0.001)
         rows_error = self.break_rows(plan)
+        outcome = StepOutcome(tuple(encoded), tuple(errors), rows_failed=rows_error is not None, rows_s=0.001)
         tokens = []
         if rows_error is None:
             tokens = [

@@ -142,3 +142,12 @@ async def test_a_prompt_that_can_never_fit_is_refused_at_once() -> None:
     async with running(num_pages=4) as machine:
         with pytest.raises(BadRequest):
             machine.engine.submit(make_prompt([1] * 100), SamplingParams(max_tokens=5))
+
+
+async def test_who_runs_out_of_pages_alone_ends_with_length_and_the_next_one_runs() -> None:
+    async with running(num_pages=4, max_running=1) as machine:
+        asked = [collect(machine.engine, make_prompt([i] * 10), SamplingParams(max_tokens=60)) for i in range(3)]
+        for i, (answer,) in enumerate(await asyncio.gather(*asked)):
+            assert answer.finish is not None and answer.finish.reason == "length"
+            assert 1 <= len(answer.token_ids) < 60
+            assert answer.token_ids == tokens_of([i] * 10, len(answer.token_ids))
