@@ -1,4 +1,4 @@
-"""Checkpoint folders of tiny random LLaVA models in the layouts that are published, and HF's twin of each as the oracle.
+"""Checkpoint folders of tiny random LLaVA models in the layouts that are published, and HF's twin of each: the oracle.
 
     tiny_llava(parent, ROWS["llava-v1.5-7b"]) -> Twin        fills parent/<name>, and the tower's folder beside it
 

@@ -151,7 +151,7 @@ def test_processor_files_of_all_ages(checkpoints: Any, tmp_path: Path, processor
     [
         ("preprocessor_config.json", {"do_resize": False}, "do_resize"),
         ("preprocessor_config.json", {"patch_size": 16}, "patch_size"),
-        ("config.json", {"architectures": ["LlavaForConditionalGeneration"]}, "Qwen2VLForConditionalGeneration"),
+        ("config.json", {"architectures": ["FuyuForCausalLM"]}, "Qwen2VLForConditionalGeneration"),
         ("config.json", {"vision_config": {"embed_dim": 32}}, "hidden_size"),
     ],
 )

@@ -26,9 +26,6 @@ from lightvl.models.vision.clip_siglip import ViewTower
 from lightvl.models.vision.llava_config import llava_config
 from lightvl.models.vision.projector import Newline, Projector
 
-MAX_SQUARE = 1 << 13
-"""Edge of the largest square that an image is padded to, in pixels. Larger images are scaled down to it first."""
-
 
 class LlavaFamily:
     image_token_id: int | None
@@ -132,12 +129,9 @@ class LlavaFamily:
             whole = resize(rgb, side, side, resample)[None]
             resized = resize(rgb, layout.width, layout.height, resample)
             views = np.concatenate((whole, anyres.cut_tiles(resized, layout.grid[0], layout.grid[1], side)))
+        elif self._config.fit == "pad":
+            views = anyres.padded_view(rgb, side, self._config.background, resample)[None]
         else:
-            if self._config.fit == "pad":
-                height, width = rgb.shape[:2]
-                if (scale := MAX_SQUARE / max(width, height)) < 1:  # a long narrow image would fill the memory
-                    rgb = resize(rgb, max(1, int(width * scale)), max(1, int(height * scale)), resample)
-                rgb = anyres.pad_to_square(rgb, self._config.background)
             resized = resize(rgb, layout.width, layout.height, resample)
             top, left = (layout.height - side) // 2, (layout.width - side) // 2
             views = resized[None, top : top + side, left : left + side]

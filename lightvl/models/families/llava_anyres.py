@@ -14,7 +14,10 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from lightvl.images.transforms import Grid, Pixels
+from lightvl.images.transforms import Grid, Pixels, resize
+
+MAX_WIDE, MAX_TALL = 1 << 16, 1 << 13
+"""Longest wide and tall image that is padded to a square, in pixels; longer ones are scaled down to it first."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,12 +94,18 @@ def show(picture: torch.Tensor, shown: Shown) -> torch.Tensor:
     return scaled[0].permute(1, 2, 0).to(part.dtype)
 
 
-def pad_to_square(rgb: Pixels, background: tuple[int, int, int]) -> Pixels:
-    """The image in the middle of a square of its longer side."""
+def padded_view(rgb: Pixels, side: int, background: tuple[int, int, int], resample: int) -> Pixels:
+    """The image in the middle of a square of its longer side, resized to (side, side, 3)."""
     height, width = rgb.shape[:2]
-    edge = max(height, width)
-    square = np.empty((edge, edge, 3), np.uint8)
+    is_wide = width > height
+    scale = (MAX_WIDE if is_wide else MAX_TALL) / max(width, height)
+    if scale < 1:  # a long narrow image would fill the memory with padding
+        width, height = max(1, int(width * scale)), max(1, int(height * scale))
+        rgb = resize(rgb, width, height, resample)
+    if is_wide:  # Pillow resizes along the rows first, and a row of padding stays what it is: add it afterwards
+        rgb = resize(rgb, side, height, resample)
+    square = np.empty((max(width, height), side if is_wide else height, 3), np.uint8)
     square[:] = background
-    top, left = (edge - height) // 2, (edge - width) // 2
-    square[top : top + height, left : left + width] = rgb
-    return square
+    top, left = (square.shape[0] - rgb.shape[0]) // 2, (square.shape[1] - rgb.shape[1]) // 2
+    square[top : top + rgb.shape[0], left : left + rgb.shape[1]] = rgb
+    return resize(square, side, side, resample)
