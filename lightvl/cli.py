@@ -186,7 +186,7 @@ def _add_images(group: argparse._ArgumentGroup) -> None:
         "--max-image-tokens",
         type=_integer(1),
         metavar="TOKENS",
-        help="larger images are scaled down to this many tokens (default: 1280 on a CPU)",
+        help="larger images are scaled down to this many tokens (default: 1280 for Qwen2-VL on a CPU)",
     )
     group.add_argument(
         "--allowed-media-domains",
