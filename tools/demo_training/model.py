@@ -188,9 +188,11 @@ def attention_mask(branches: Tensor) -> Tensor:
 
 
 def answer_loss(model: Qwen2VLForConditionalGeneration, batch: Batch, views: list[Tensor]) -> Tensor:
-    """Mean cross entropy over the tokens of the answers (with the token that ends them)."""
+    """Mean cross entropy over answers (with the token that ends each), every answer as heavy as any other."""
     hidden = hidden_states(model, batch, views).flatten(0, 1)[torch.from_numpy(batch.answer_slots)]
-    return F.cross_entropy(model.lm_head(hidden).float(), torch.from_numpy(batch.answer_ids))
+    weights = torch.from_numpy(batch.answer_weights)
+    losses = F.cross_entropy(model.lm_head(hidden).float(), torch.from_numpy(batch.answer_ids), reduction="none")
+    return (losses * weights).sum() / weights.sum()
 
 
 def export(model: Qwen2VLForConditionalGeneration, tokenizer: Tokenizer, folder: Path) -> None:

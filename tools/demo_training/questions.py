@@ -4,7 +4,7 @@
 """
 
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 from .scenes import COLOURS, PLACES, SHAPES, SIZES, Scene, Thing
 
@@ -198,9 +198,9 @@ def ask(kind: str, scene: Scene, rng: random.Random) -> tuple[str, str]:
     return _ASK[kind](scene, rng)
 
 
-def ask_any(scene: Scene, rng: random.Random) -> tuple[str, str]:
+def ask_any(scene: Scene, rng: random.Random, kinds: Mapping[str, int] = KINDS) -> tuple[str, str]:
     """A question of a random kind, sometimes carelessly typed, and its right answer."""
-    question, answer = ask(rng.choices(tuple(KINDS), tuple(KINDS.values()))[0], scene, rng)
+    question, answer = ask(rng.choices(tuple(kinds), tuple(kinds.values()))[0], scene, rng)
     return careless(question, rng), answer
 
 

@@ -23,7 +23,10 @@ SMALL_SIDES, SIDES, LARGE_SIDES = (84, 112, 140), (84, 112, 140, 168, 196), (196
 MAX_LARGE_PIXELS = 336 * 336
 KINDS = {"branches": 60, "image_last": 20, "turns": 8, "pair": 8, "talk": 4}  # percent of batches
 NUM_BRANCHES = 5
+# Of the questions of a branch: most of those that look a thing up by its shape or colour, the hardest to learn.
+BRANCH_KINDS = {"describe": 2, "what_at": 2, "colour": 6, "count": 4, "where": 4, "exists": 3, "size": 1}
 FIRST_STEPS = (150, 300, 450)  # at most 1, 2, 3 things and one kind of sample until these steps
+FEW_STEPS = 3300  # half of the batches have at most 2 things, until this step
 SMALL_STEPS = 800  # small images only, until this step
 
 
@@ -46,16 +49,17 @@ class Batch:
     has_branches: bool
     answer_slots: np.ndarray  # int64: where the next token is one of an answer
     answer_ids: np.ndarray  # int64: which token it is
+    answer_weights: np.ndarray  # float32: its weight in the loss
     images: list[ImageGroup]
     image_slots: np.ndarray  # int64: where image features go, in the order of `images`
 
 
 @dataclass
 class Segment:
-    """Token ids, whether each is to be learned, and the grids (in tokens) of the images whose pads are within."""
+    """Token ids, their weights in the loss (0: not learned), and the grids (in tokens) of the images within."""
 
     ids: list[int] = field(default_factory=list)
-    learned: list[bool] = field(default_factory=list)
+    learned: list[float] = field(default_factory=list)
     grids: list[tuple[int, int]] = field(default_factory=list)
 
 
@@ -67,27 +71,30 @@ class Writer:
         self._known: dict[str, list[int]] = {}
         self.image_id: int = tokenizer.token_to_id("<|image_pad|>")
 
-    def add(self, segment: Segment, text: str, learned: bool = False) -> None:
+    def add(self, segment: Segment, text: str) -> None:
         if text not in self._known:
             if len(self._known) > 50_000:
                 self._known.clear()
             self._known[text] = self._encode(text).ids
         ids = self._known[text]
         segment.ids += ids
-        segment.learned += [learned] * len(ids)
+        segment.learned += [0.0] * len(ids)
 
     def add_image(self, segment: Segment, grid: tuple[int, int]) -> None:
         self.add(segment, "<|vision_start|>")
         segment.ids += [self.image_id] * (grid[0] * grid[1])
-        segment.learned += [False] * (grid[0] * grid[1])
+        segment.learned += [0.0] * (grid[0] * grid[1])
         segment.grids.append(grid)
         self.add(segment, "<|vision_end|>")
 
     def answer(self, segment: Segment, text: str) -> None:
-        """Ends the user's message and gives the answer."""
+        """Ends the user's message and gives the answer, whose tokens weigh one together."""
         self.add(segment, "<|im_end|>\n<|im_start|>assistant\n")
-        self.add(segment, text, learned=True)
-        self.add(segment, "<|im_end|>", learned=True)
+        start = len(segment.ids)
+        self.add(segment, text)
+        self.add(segment, "<|im_end|>")
+        num_tokens = len(segment.ids) - start
+        segment.learned[start:] = [1 / num_tokens] * num_tokens
         self.add(segment, "\n")
 
     def start(self, rng: random.Random) -> Segment:
@@ -144,6 +151,8 @@ def make_batch(writer: Writer, seed: int, step: int, num_rows: int) -> Batch:
     rng = random.Random(f"{seed} {step}")
     max_things = 1 + sum(step >= first for first in FIRST_STEPS)
     kind = rng.choices(tuple(KINDS), tuple(KINDS.values()))[0] if max_things == 4 else "branches"
+    if step < FEW_STEPS and rng.random() < 0.5:
+        max_things = min(max_things, 2)
     sizes = [] if kind == "talk" else [pick_size(rng, step) for _ in range(2 if kind == "pair" else 1)]
     num_pixels = sum(width * height for width, height in sizes)
     num_rows = max(
@@ -181,7 +190,7 @@ def make_sample(
         branches = []
         for _ in range(NUM_BRANCHES):
             branch = Segment()
-            question, answer = questions.ask_any(scenes[0], rng)
+            question, answer = questions.ask_any(scenes[0], rng, BRANCH_KINDS)
             writer.add(branch, question)
             writer.answer(branch, answer)
             branches.append(branch)
@@ -211,7 +220,7 @@ def collate(samples: list[list[Segment]], images: list[ImageGroup], image_id: in
     shape = (len(samples), length)
     ids, branches = np.zeros(shape, np.int64), np.full(shape, -1, np.int64)
     positions = np.zeros((3, *shape), np.int64)
-    learned = np.zeros(shape, bool)
+    learned = np.zeros(shape, np.float32)
     for row, sample in enumerate(samples):
         start, prefix_end = 0, 0
         for branch, segment in enumerate(sample):
@@ -239,6 +248,7 @@ def collate(samples: list[list[Segment]], images: list[ImageGroup], image_id: in
         any(len(sample) > 1 for sample in samples),
         slots - 1,
         ids.reshape(-1)[slots],
+        learned.reshape(-1)[slots],
         images,
         np.concatenate(image_slots) if images else np.zeros(0, np.int64),
     )
