@@ -35,8 +35,8 @@ from lightvl.models.linear import pick_dtype
 from lightvl.models.load import resolve_checkpoint
 from lightvl.models.model import Model, build_model
 from lightvl.prompt.build import PromptBuilder, PromptLimits
+from lightvl.prompt.choice import choose_template
 from lightvl.prompt.detokenizer import Detokenizer
-from lightvl.prompt.template import choose_template
 from lightvl.prompt.tokenizer import Tokenizer
 from lightvl.scheduling.image_store import ImageStore
 from lightvl.scheduling.limits import SchedulerLimits

@@ -13,8 +13,9 @@ from prompt_helpers import CHATML, LLAMA_3, byte_level, sentencepiece
 from lightvl.core import ImagePart, Message, Role, TextPart
 from lightvl.errors import BadRequest, ConfigError
 from lightvl.prompt.builtin_templates import BUILTIN_TEMPLATES
+from lightvl.prompt.choice import TemplateChoice, choose_template
 from lightvl.prompt.jinja_template import JinjaTemplate
-from lightvl.prompt.template import ClientText, Control, ImageSlot, Segment, TemplateChoice, choose_template
+from lightvl.prompt.template import ClientText, Control, ImageSlot, Segment
 from lightvl.prompt.tokenizer import Tokenizer
 
 IMAGE = ImagePart("x", "messages[0].content[0].image_url")

@@ -24,7 +24,7 @@ from lightvl.core import OPEN_END, ImagePart, Message, TextPart
 from lightvl.images.fetch import ImageFetcher
 from lightvl.models.families import build_family
 from lightvl.prompt.build import PromptBuilder, PromptLimits
-from lightvl.prompt.template import choose_template
+from lightvl.prompt.choice import choose_template
 from lightvl.prompt.tokenizer import Tokenizer
 
 SIZES = [(97, 61), (200, 90), (40, 130)]
