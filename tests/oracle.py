@@ -64,6 +64,24 @@ def save_tiny(model_class: Any, config: Any, folder: Path, seed: int = 0, **save
     return model
 
 
+def correct_to_metas_rule(text_model: Any) -> None:
+    """transformers' Mllama text model by Meta's rule (as their reference does): rows that see no image get nothing from the
+    attention branch of a cross layer either."""
+    for layer in text_model.layers:
+        if not hasattr(layer, "cross_attn"):
+            continue
+        rows: dict[str, torch.Tensor] = {}
+
+        def remember(_: Any, __: Any, kwargs: Any, rows: dict[str, torch.Tensor] = rows) -> None:
+            rows["mask"] = kwargs["full_text_row_masked_out_mask"][:, 0]
+
+        def zero(_: Any, __: Any, output: Any, rows: dict[str, torch.Tensor] = rows) -> Any:
+            return (output[0] * rows["mask"], *output[1:])
+
+        layer.register_forward_pre_hook(remember, with_kwargs=True)
+        layer.cross_attn.register_forward_hook(zero)
+
+
 @dataclass
 class DriveRow:
     """`ids` come after what the sequence `name` has computed so far. `positions`: (3, len) for M-RoPE."""

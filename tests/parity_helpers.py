@@ -66,7 +66,7 @@ class Oracle:
             self.model = getattr(text_models, f"tiny_{name}")(folder, vocab_size=384)
             _add_text_tokenizer(folder)
         if name == "mllama":
-            _correct_to_metas_rule(self.model.model.language_model)
+            text_models.correct_to_metas_rule(self.model.model.language_model)
         from transformers import AutoTokenizer
 
         self.tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -130,23 +130,6 @@ class Oracle:
             [sparse], num_tiles=[list(map(int, num_tiles[0]))], max_num_tiles=4, length=len(ids)
         )
         return torch.from_numpy(dense)
-
-
-def _correct_to_metas_rule(text_model: Any) -> None:
-    """Rows that see no image get nothing from the attention branch either (facts: Meta's reference does so)."""
-    for layer in text_model.layers:
-        if not hasattr(layer, "cross_attn"):
-            continue
-        seen: dict[str, torch.Tensor] = {}
-
-        def remember(_: Any, __: Any, kwargs: Any, seen: dict[str, torch.Tensor] = seen) -> None:
-            seen["rows"] = kwargs["full_text_row_masked_out_mask"][:, 0]
-
-        def zero(_: Any, __: Any, output: Any, seen: dict[str, torch.Tensor] = seen) -> Any:
-            return (output[0] * seen["rows"], *output[1:])
-
-        layer.register_forward_pre_hook(remember, with_kwargs=True)
-        layer.cross_attn.register_forward_hook(zero)
 
 
 def _add_text_tokenizer(folder: Path) -> None:

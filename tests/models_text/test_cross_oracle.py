@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from oracle import Drive, DriveRow, save_tiny
+from oracle import Drive, DriveRow, correct_to_metas_rule, save_tiny
 
 from lightvl.attention.cpu import CpuAttention
 from lightvl.models.config import decoder_config, read_config
@@ -34,23 +34,6 @@ TEXT = {
     },
     "pad_token_id": 0,
 }
-
-
-def correct_to_metas_rule(text_model: Any) -> None:
-    """Zero the attention branch of rows whose mask says that they see nothing."""
-    for layer in text_model.layers:
-        if not hasattr(layer, "cross_attn"):
-            continue
-        rows: dict[str, torch.Tensor] = {}
-
-        def remember(_: Any, __: Any, kwargs: Any, rows: dict[str, torch.Tensor] = rows) -> None:
-            rows["mask"] = kwargs["full_text_row_masked_out_mask"][:, 0]
-
-        def zero(_: Any, __: Any, output: Any, rows: dict[str, torch.Tensor] = rows) -> Any:
-            return (output[0] * rows["mask"], *output[1:])
-
-        layer.register_forward_pre_hook(remember, with_kwargs=True)
-        layer.cross_attn.register_forward_hook(zero)
 
 
 @pytest.fixture(scope="module")
