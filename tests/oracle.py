@@ -65,7 +65,7 @@ def save_tiny(model_class: Any, config: Any, folder: Path, seed: int = 0, **save
 
 
 def correct_to_metas_rule(text_model: Any) -> None:
-    """transformers' Mllama text model by Meta's rule (as their reference does): rows that see no image get nothing from the
+    """transformers' Mllama text model by the rule of Meta's reference: rows that see no image get nothing from the
     attention branch of a cross layer either."""
     for layer in text_model.layers:
         if not hasattr(layer, "cross_attn"):
