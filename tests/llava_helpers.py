@@ -53,9 +53,14 @@ class LlavaOracle:
         return list(self.twin.model.model.get_image_features(**inputs, return_dict=True).pooler_output)
 
     @torch.no_grad()
-    def logprobs(self, prompt_ids: list[int], output_ids: list[int], extra: dict[str, Any]) -> torch.Tensor:
+    def logprobs(
+        self, prompt_ids: list[int], output_ids: list[int], extra: dict[str, Any], model: Any = None
+    ) -> torch.Tensor:
+        model = self.twin.model if model is None else model
         ids = torch.tensor([prompt_ids + output_ids])
-        logits = self.twin.model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False, **extra).logits
+        if "pixel_values" in extra:
+            extra = extra | {"pixel_values": extra["pixel_values"].to(model.dtype)}
+        logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False, **extra).logits
         return logits[0, len(prompt_ids) - 1 : -1, : self.twin.num_logits].float().log_softmax(-1)
 
     def _render(self, turns: Turns) -> str:

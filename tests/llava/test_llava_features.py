@@ -6,7 +6,9 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -18,6 +20,7 @@ from tiny_llava import ROWS, SIDE
 
 from lightvl.attention.cpu import encoder_attention
 from lightvl.errors import BadRequest
+from lightvl.models.families import build_family
 from lightvl.models.families.llava_anyres import padded_view
 from lightvl.models.model import Model, load_model
 
@@ -170,6 +173,66 @@ def test_a_projector_of_three_layers(oracle_of: GetOracle, tmp_path: Path) -> No
         want = torch.nn.functional.gelu(want) @ weights[f"model.mm_projector.{idx}.weight"].T
         want = want + weights[f"model.mm_projector.{idx}.bias"]
     assert_close(features_of(load(folder), image), want)
+
+
+# --- real sizes: counts only ------------------------------------------------------------------------------------------
+
+
+def real_family(folder: Path, **config: Any) -> Any:
+    """As a published config.json has it; without weights the tower's shape is a known one."""
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(config))
+    return build_family(config, folder, dtype=torch.float32, device=CPU, max_image_tokens=None)
+
+
+def random_sizes() -> list[tuple[int, int]]:
+    rng = np.random.default_rng(3)
+    sizes = [tuple(int(2 ** rng.uniform(3, 12.5)) for _ in range(2)) for _ in range(400)]
+    return [(width, height) for width, height in sizes if max(width, height) < 60 * min(width, height)]
+
+
+def test_counts_at_the_size_of_llava_next(tmp_path: Path) -> None:
+    from transformers.models.llava_next.processing_llava_next import LlavaNextProcessor
+
+    pinpoints = [[336, 672], [672, 336], [672, 672], [1008, 336], [336, 1008]]
+    family = real_family(
+        tmp_path / "llava-v1.6-vicuna-7b",
+        architectures=["LlavaLlamaForCausalLM"],
+        mm_vision_tower="openai/clip-vit-large-patch14-336",
+        image_aspect_ratio="anyres",
+        mm_patch_merge_type="spatial_unpad",
+        mm_projector_type="mlp2x_gelu",
+        image_grid_pinpoints=pinpoints,
+    )
+    hf = SimpleNamespace(patch_size=14, num_additional_image_tokens=0)
+    hf.image_processor = SimpleNamespace(image_grid_pinpoints=pinpoints)
+    hf._get_unpadded_features = partial(LlavaNextProcessor._get_unpadded_features, hf)
+    for width, height in random_sizes():
+        want = LlavaNextProcessor._get_number_of_features(hf, height, width, 336, 336)
+        assert family.plan_image(width, height, num_images=2).num_tokens == want
+
+
+def test_counts_at_the_size_of_llava_onevision(tmp_path: Path) -> None:
+    from transformers.models.llava_onevision.processing_llava_onevision import LlavaOnevisionProcessor
+
+    family = real_family(
+        tmp_path / "llava-onevision-qwen2-7b-ov",
+        architectures=["LlavaQwenForCausalLM"],
+        mm_vision_tower="google/siglip-so400m-patch14-384",
+        image_aspect_ratio="anyres_max_9",
+        mm_patch_merge_type="spatial_unpad",
+        mm_projector_type="mlp2x_gelu",
+        image_grid_pinpoints="(1x1),...,(6x6)",
+        image_token_index=151646,
+    )
+    hf = SimpleNamespace(num_image_tokens=729, vision_aspect_ratio="anyres_max_9")
+    grids = [[384 * high, 384 * wide] for high in range(1, 7) for wide in range(1, 7)]
+    hf.image_processor = SimpleNamespace(image_grid_pinpoints=grids)
+    hf._get_unpadded_features = partial(LlavaOnevisionProcessor._get_unpadded_features, hf)
+    for width, height in random_sizes():
+        want = LlavaOnevisionProcessor._get_number_of_features(hf, height, width, 384, 384)
+        assert family.plan_image(width, height, num_images=1).num_tokens == want
+        assert family.plan_image(width, height, num_images=2).num_tokens == 729 + 1
 
 
 # --- limits -----------------------------------------------------------------------------------------------------------
