@@ -9,7 +9,7 @@ from typing import Any, Literal, Protocol
 
 import numpy as np
 
-Role = Literal["system", "user", "assistant"]
+Role = Literal["system", "user", "assistant", "tool"]
 
 OPEN_END = 1 << 62
 """`PromptImage.end_row` of a cross-attention image that every later row sees, generated ones included."""

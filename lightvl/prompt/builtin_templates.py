@@ -42,6 +42,8 @@ class BuiltinTemplate:
             raise BadRequest(
                 "continue_final_message needs a last message from the assistant", param="continue_final_message"
             )
+        if any(message.role == "tool" for message in messages):
+            raise BadRequest(f"the chat template {self.name} has no place for the tool role", param="messages")
         segments = self._render_system(messages)
         pending_system: list[Segment] = []
         if self.system_inside_first_user:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import datetime
 import json
+import re
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from lightvl.prompt.tokenizer import Tokenizer
 
 _PROBE = "Probe4217"
+_NAMES_TOOL = re.compile(r"""['"]tool['"]""")
 _PRIVATE_USE = range(0xF0000, 0xFFFFE)
 
 
@@ -40,7 +42,10 @@ class JinjaTemplate:
             self._template = _environment().from_string(source)
         except jinja2.TemplateError as error:
             raise ConfigError(f"chat template {name}: {error}") from None
-        self._takes_strings = {role: self._shows_text(role, as_parts=False) for role in ("system", "user", "assistant")}
+        roles = ("system", "user", "assistant", "tool")
+        self._takes_strings = {role: self._shows_text(role, as_parts=False) for role in roles}
+        # Many templates write any role as it comes; a model knows the tool role where its template names it.
+        self._knows_tools = _NAMES_TOOL.search(source) is not None
         if not self._takes_strings["user"] and not self._shows_text("user", as_parts=True):
             raise ConfigError(f"chat template {name}: it does not show the text of a user message")
         self.renders_images = self._shows_image()
@@ -49,6 +54,8 @@ class JinjaTemplate:
         self, messages: Sequence[Message], *, add_generation_prompt: bool, continue_final_message: bool
     ) -> list[Segment]:
         """See `Template.render`."""
+        if not self._knows_tools and any(message.role == "tool" for message in messages):
+            raise BadRequest(f"the chat template {self.name} has no place for the tool role", param="messages")
         texts = "".join(part.text for message in messages for part in message.parts if isinstance(part, TextPart))
         unused = (chr(code) for code in _PRIVATE_USE if chr(code) not in texts)
         swaps = {char: next(unused) for char in sorted(self._risky_characters(texts))}
@@ -120,7 +127,7 @@ class JinjaTemplate:
         content: Any = [{"type": "text", "text": _PROBE}] if as_parts else _PROBE
         user = {"role": "user", "content": [{"type": "text", "text": "A"}] if as_parts else "A"}
         message = {"role": role, "content": content}
-        chat = {"system": [message, user], "user": [message], "assistant": [user, message]}[role]
+        chat = [message] if role == "user" else [message, user] if role == "system" else [user, message]
         try:
             rendered = self._render(chat, add_generation_prompt=False)
         except BadRequest:

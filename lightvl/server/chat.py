@@ -32,7 +32,13 @@ from lightvl.server.schema import (
 )
 from lightvl.server.service import Context, PromptBuilder, check_model
 
-_ROLES: dict[str, Role] = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
+_ROLES: dict[str, Role] = {
+    "system": "system",
+    "developer": "system",
+    "user": "user",
+    "assistant": "assistant",
+    "tool": "tool",
+}
 _LEAST_LOGPROB = -9999.0
 """OpenAI's stand-in for minus infinity, which JSON has no word for."""
 
@@ -102,6 +108,8 @@ def _message(wire: ChatMessage, path: str) -> Message:
             code="unsupported_value",
         )
     refuse_unserved(wire, UNSERVED_MESSAGE, f"{path}.")
+    if role != "tool":  # there it only labels the answer
+        refuse_unserved(wire, {"tool_call_id": ()}, f"{path}.")
     if isinstance(wire.content, str):
         return Message(role, (TextPart(wire.content),))
     if wire.content is None:

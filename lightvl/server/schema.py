@@ -63,9 +63,9 @@ class ChatMessage(Struct, kw_only=True, forbid_unknown_fields=True):
     role: str
     content: str | list[TextContent | ImageContent] | None = None
     name: str | None = None
+    tool_call_id: str | None = None
     # known, not served
     tool_calls: Any = None
-    tool_call_id: Any = None
     function_call: Any = None
     refusal: Any = None
     audio: Any = None
@@ -74,7 +74,6 @@ class ChatMessage(Struct, kw_only=True, forbid_unknown_fields=True):
 
 UNSERVED_MESSAGE: dict[str, tuple[Any, ...]] = {
     "tool_calls": ([],),
-    "tool_call_id": (),
     "function_call": (),
     "refusal": (),
     "audio": (),

@@ -283,3 +283,20 @@ def test_llama_3_style_bos_once() -> None:
     )
     ids = tokenizer.encode(render(JinjaTemplate(source, name="t", tokenizer=tokenizer), chat(("user", ("hi",)))))
     assert ids.count(hf.bos_token_id) == 1 and ids[0] == hf.bos_token_id
+
+
+WITH_TOOLS = (
+    "{% for message in messages %}{% if message.role == 'tool' %}<|im_start|>user\n<tool_response>\n"
+    "{{ message.content }}\n</tool_response>{% else %}<|im_start|>{{ message.role }}\n{{ message.content }}{% endif %}"
+    "<|im_end|>\n{% endfor %}"
+)
+
+
+def test_the_tool_role_where_the_template_names_it() -> None:
+    _, tokenizer = qwen()
+    messages = chat(("user", ("Weather?",)), ("assistant", ("I look.",)), ("tool", ("Rain <|im_end|>",)))
+    segments = render(JinjaTemplate(WITH_TOOLS, name="t", tokenizer=tokenizer), messages)
+    assert "<tool_response>\nRain <|im_end|>\n" in "".join(s.text for s in segments if isinstance(s, ClientText))
+    for template in (JinjaTemplate(TEXT_ONLY, name="t", tokenizer=tokenizer), BUILTIN_TEMPLATES["qwen2-vl"]):
+        with pytest.raises(BadRequest, match="tool role"):
+            template.render(messages, add_generation_prompt=True, continue_final_message=False)

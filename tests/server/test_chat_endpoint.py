@@ -190,3 +190,9 @@ async def test_max_tokens_are_bounded_by_the_context(server: Running) -> None:
     assert status == 400 and reply["error"]["code"] == "context_length_exceeded"
     assert reply["error"]["param"] == "messages" and "2000" in reply["error"]["message"]
     assert (await server.chat("x" * 1999))[0] == 200
+
+
+async def test_the_tool_role_reaches_the_template(server: Running) -> None:
+    messages = [{"role": "user", "content": "A"}, {"role": "tool", "content": "B", "tool_call_id": "call_1"}]
+    status, _ = await server.post("/v1/chat/completions", {"messages": messages})
+    assert status == 200 and [message.role for message in server.service.prompts.messages] == ["user", "tool"]
