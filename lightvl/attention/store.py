@@ -46,7 +46,7 @@ class PageStore:
         self.page_len = page_len
 
     def write(self, layer_idx: int, slots: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> None:
-        """k, v (T, G, D) to slots (T,) = page * page_len + offset. Values become finite: the page's next owner reads them
+        """k, v (T, G, D) to slots (T,) = page * page_len + offset. Values become finite: a page's next owner reads them
         with weight 0 until it has written its own, and 0 * NaN is NaN."""
         self.keys[layer_idx].flatten(1, 2).index_copy_(1, slots, k.transpose(0, 1))
         self.values[layer_idx].flatten(1, 2).index_copy_(1, slots, v.transpose(0, 1).nan_to_num())
