@@ -68,6 +68,8 @@ def test_many_sizes(oracle_of: GetOracle, name: str) -> None:
     rng = np.random.default_rng(7)
     for seed in range(60):
         width, height = (int(2 ** rng.uniform(0, 9.5)) for _ in range(2))
+        if max(width, height) > 60 * min(width, height):  # of which some are refused here and fail in HF
+            continue
         image = noise_image(width, height, seed)
         (want,) = oracle.features(oracle.process([image]))
         assert_close(features_of(model, image), want)
