@@ -48,8 +48,8 @@ DEMO_NAME = "lightvl-demo"
 CPU_PAGE_SIZE = 16
 CPU_MAX_RUNNING = 64
 CPU_CHUNK_TOKENS = 512
-CPU_STEP_BUDGET_S = 0.2  # of a step that decodes: what a reader of a stream may have to wait for others' prefill
-CPU_ENCODE_BUDGET_S = 0.1  # of images, in a step that decodes; one tower layer at least
+CPU_STEP_BUDGET_S = 0.12  # of a step that decodes: what a reader of a stream may have to wait for others' prefill
+CPU_ENCODE_BUDGET_S = 0.08  # of images, in a step that decodes; a piece of a tower layer at least
 COUNTED = ("downloads", "download_hits", "decodes", "decode_hits", "preprocesses", "pixel_hits")
 PROBE_SIZES = ((16384, 16384), (16384, 8192), (8192, 16384), (16384, 1024), (1024, 16384))
 
