@@ -41,7 +41,7 @@ class ViewTower(nn.Module):
 
     def encode(self, views: torch.Tensor, attention: EncoderAttention) -> Iterator[torch.Tensor | None]:
         """`views` (n, patches, patch * patch * 3) uint8, taken in groups that keep a layer's work bounded on a CPU.
-        Yields None after each layer, and after each group its features (group's views, view_len, feature_size)."""
+        Yields None twice a layer, and after each group its features (group's views, view_len, feature_size)."""
         view_len = self._config.view_len
         size = max(1, PAUSE_ROWS // view_len) if self._device.type == "cpu" else len(views)
         for group in torch.split(views, size):
@@ -51,10 +51,9 @@ class ViewTower(nn.Module):
             x = x.flatten(0, 1)
             kept = {0: x.clone()} if 0 in self._config.kept_states else {}
             for layer_idx, layer in enumerate(self._layers_in_order, 1):
-                layer.advance(x, [view_len] * len(group), attention)
+                yield from layer.steps(x, [view_len] * len(group), attention)
                 if layer_idx in self._config.kept_states:
                     kept[layer_idx] = x.clone() if layer_idx < len(self._layers_in_order) else x
-                yield None
             features = torch.cat([kept[state_idx] for state_idx in self._config.kept_states], -1)
             yield features.view(len(group), view_len, -1)
 
@@ -112,12 +111,14 @@ class _Layer(nn.Module):
             device=device,
         )
 
-    def advance(self, x: torch.Tensor, view_lens: list[int], attention: EncoderAttention) -> None:
-        """x (rows, size) to the layer's output, in place. Every row attends to the rows of its own view."""
+    def steps(self, x: torch.Tensor, view_lens: list[int], attention: EncoderAttention) -> Iterator[None]:
+        """x (rows, size) to the layer's output, in place, in two steps. A row attends to the rows of its own view."""
         q, k, v = self.qkv(self.layer_norm1(x)).view(len(x), 3, self._num_heads, -1).unbind(1)
         x += self.proj(attention(q, k, v, view_lens).flatten(1))
+        yield
         for rows in row_chunks(x):
             x[rows] += self.mlp(self.layer_norm2(x[rows]))
+        yield
 
     def weight_targets(self) -> dict[str, Target]:
         return container_targets(self)
