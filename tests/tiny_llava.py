@@ -94,6 +94,7 @@ ROWS = {
         Row("llava-v1.6-mistral-7b-hf", "next", "mistral", "vicuna", "mistral-llava", weights="bin"),
         Row("llava-v1.6-34b-hf", "next", "llama", "yi", "chatml-llava"),
         Row("llama3-llava-next-8b-hf", "next", "llama", "llama3", "llava_llama_3"),
+        Row("llava-interleave-qwen-7b-hf", "llava", "qwen2", "qwen", "chatml-llava", "siglip"),
         # not published so, but in the original code
         Row("llava-square", "llava", "llama", "vicuna", "vicuna_v1.1", "clip", "LlavaLlamaForCausalLM", "one",
             aspect="square", merge="flat", projector="linear"),

@@ -25,7 +25,8 @@ class ImageLayout:
     num_cross_pages: int  # real tiles, for a cross-attention family; else 0
     width: int  # after resizing, in pixels
     height: int
-    # the family's own: Qwen2-VL (t, h, w) in patches; mllama (aspect ratio id, tiles high, wide)
+    # the family's own: Qwen2-VL (t, h, w) in patches; mllama (aspect ratio id, tiles high, wide); LLaVA (tiles high,
+    # wide, patches left out at both ends of its height, width, rows and columns shown), or nothing for a single view
     grid: tuple[int, ...] = ()
     settings: bytes = b""
 

@@ -3,6 +3,7 @@ checkpoints, and the budget."""
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from collections.abc import Callable
@@ -28,7 +29,7 @@ GetOracle = Callable[[str], LlavaOracle]
 CPU = torch.device("cpu")
 SIZES = [(57, 43), (56, 56), (9, 11), (1, 1), (500, 333), (40, 300), (1000, 13), (11, 700), (112, 56), (57, 56)]
 KINDS = ["llava-onevision-qwen2-7b-ov-chat", "llava-v1.6-vicuna-7b", "llava-v1.5-7b", "llava-1.5-7b-hf"]
-KINDS += ["llava-next-interleave-qwen-7b"]
+KINDS += ["llava-next-interleave-qwen-7b", "llava-interleave-qwen-7b-hf"]
 
 
 def load(folder: Path, max_image_tokens: int | None = None) -> Model:
@@ -142,6 +143,22 @@ def test_selected_layer_and_feature(
     model = load(changed(oracle, tmp_path, **config))
     image = noise_image(70, 50, 1)
     assert_close(features_of(model, image), views_of(oracle, image, layer=layer, drop=drop)[0])
+
+
+def test_several_layers_side_by_side_as_transformers_saves_them(oracle_of: GetOracle, tmp_path: Path) -> None:
+    from transformers import LlavaForConditionalGeneration
+
+    oracle = oracle_of("llava-1.5-7b-hf")
+    config = copy.deepcopy(oracle.twin.model.config)
+    config.vision_feature_layer = [1, -2, 0]
+    torch.manual_seed(0)
+    hf = LlavaForConditionalGeneration(config).eval()
+    hf.save_pretrained(tmp_path)
+    shutil.copy(oracle.folder / "preprocessor_config.json", tmp_path)
+    image = noise_image(70, 50, 1)
+    with torch.no_grad():
+        (want,) = hf.model.get_image_features(**oracle.process([image]), return_dict=True).pooler_output
+    assert_close(features_of(load(tmp_path), image), want)
 
 
 @pytest.mark.parametrize("max_tiles", [1, 2, 4])
