@@ -84,6 +84,7 @@ BIN, TENSORS = "pytorch_model-00002-of-00002.bin", "model-00002-of-00002.safeten
         ("llava-v1.6-34b", lambda f: edit(f / "config.json", mm_vision_select_layer=-9), "beyond the tower's 3"),
         ("llava-v1.6-34b", lambda f: edit(f / "config.json", image_grid_pinpoints=[[50, 56]]), "multiples of .* 56"),
         ("llava-v1.6-34b", lambda f: edit(f / "config.json", image_grid_pinpoints="6x6"), r"not of the form \(1x1\)"),
+        ("llava-v1.6-34b", lambda f: edit(f / "config.json", mm_use_im_start_end=True), "mm_use_im_start_end"),
         ("llava-v1.6-34b", lambda f: edit(f / "config.json", mm_vision_tower=None), "mm_vision_tower is missing"),
         ("llava-v1.6-34b", lambda f: edit(f / "config.json", architectures=["LlavaMptForCausalLM"]),
          "LlavaMptForCausalLM is not served; served are .*LlavaQwenForCausalLM"),

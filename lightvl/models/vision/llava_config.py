@@ -130,6 +130,8 @@ def _original(hf_config: Mapping[str, Any], checkpoint: Path) -> LlavaConfig:
     name = hf_config.get("mm_vision_tower") or hf_config.get("vision_tower")
     if not name:
         raise ConfigError("config.json: mm_vision_tower is missing, so this checkpoint takes no images")
+    if hf_config.get("mm_use_im_start_end"):
+        raise ConfigError("config.json: mm_use_im_start_end (LLaVA 1.0) is not served")
     names = weight_names(checkpoint)
     is_inside = not names or any("vision_tower." in weight for weight in names)
     folder, vision = _find_tower(str(name), checkpoint, is_inside=is_inside)
