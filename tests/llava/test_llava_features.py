@@ -275,16 +275,6 @@ def test_an_image_of_which_nothing_would_be_left_is_refused(oracle_of: GetOracle
             load(oracle_of(name).folder).family.plan_image(20000, 1, num_images=1)
 
 
-def test_a_budget_never_refuses_an_image(oracle_of: GetOracle) -> None:
-    """One view is left for an image that only the grids beyond the budget could show in tiles."""
-    folder, size = oracle_of("llava-onevision-qwen2-7b-ov-hf").folder, (330, 1)
-    assert load(folder).family.plan_image(*size, num_images=1).grid
-    model = load(folder, max_image_tokens=17)
-    layout = model.family.plan_image(*size, num_images=1)
-    assert not layout.grid and layout.num_tokens == 17
-    features_of(model, noise_image(*size, 0))
-
-
 def test_a_long_narrow_image_does_not_fill_the_memory(oracle_of: GetOracle) -> None:
     model = load(oracle_of("llava-v1.5-7b").folder)
     for width, height in ((10**6, 2), (2, 10**5)):

@@ -109,8 +109,6 @@ class LlavaFamily:
         if not layouts:
             return None
         grid_or_none = anyres.best_grid(width, height, list(layouts), side)
-        if grid_or_none is None and len(layouts) < len(config.grids):
-            return None
         if grid_or_none is None:
             raise BadRequest(f"an image of {width}x{height} pixels is too narrow", param="messages")
         num_tokens, shown = layouts[grid_or_none]
