@@ -16,10 +16,12 @@ from pathlib import Path
 
 import torch
 from demo_training.evaluate import evaluate, table
+from demo_training.guide import Guide, look_loss
 from demo_training.model import answer_loss, build_model, encode_images, export
 from demo_training.samples import Writer, make_batch
 from demo_training.sight import learn_to_see, make_head, name_loss
 from demo_training.tokenizer import train_tokenizer
+from tokenizers import Tokenizer
 from tqdm import tqdm
 
 PACKAGE_FOLDER = Path(__file__).parents[1] / "lightvl" / "demo" / "qwen2_vl"
@@ -62,12 +64,14 @@ def make_optimizer(model: torch.nn.Module, peak: float) -> torch.optim.AdamW:
 
 def train(args: argparse.Namespace) -> None:
     torch.set_num_threads(args.threads)
-    tokenizer = train_tokenizer()
+    args.work.mkdir(parents=True, exist_ok=True)
+    tokenizer_path = args.work / "tokenizer.json"
+    tokenizer = Tokenizer.from_file(str(tokenizer_path)) if tokenizer_path.exists() else train_tokenizer()
+    tokenizer.save(str(tokenizer_path))
     model = build_model(tokenizer, args.seed).train()
     head = make_head(model)
     optimizer = make_optimizer(torch.nn.ModuleList([model, head]), args.lr)
     clock = Clock(args.steps, args.minutes)
-    args.work.mkdir(parents=True, exist_ok=True)
     checkpoint = args.work / "checkpoint.pt"
     if checkpoint.exists():
         state = torch.load(checkpoint, weights_only=True)
@@ -91,6 +95,7 @@ def train(args: argparse.Namespace) -> None:
     if clock.step == 0:
         learn_to_see(model, head, args.seed, args.sight_steps, args.sight_rows, args.sight_lr, not args.float32)
         save()
+    guide = Guide(tokenizer)
     writer, saved, evaluated = Writer(tokenizer), clock.seconds, clock.seconds
     log_path = args.work / "loss.csv"
     with log_path.open("a", newline="") as log_file, tqdm(initial=clock.step, total=args.steps, mininterval=10) as bar:
@@ -103,11 +108,13 @@ def train(args: argparse.Namespace) -> None:
             batch = make_batch(writer, args.seed, clock.step, args.rows)
             with torch.autocast("cpu", torch.bfloat16, enabled=not args.float32):
                 views = [encode_images(model, group) for group in batch.images]
-                loss = answer_loss(model, batch, views)
+                looks: dict[int, torch.Tensor] = {}
+                loss = answer_loss(model, batch, views, looks)
+                guided, shares = look_loss(guide.targets(batch), looks)
                 named = [
                     name_loss(head, view, group.labels)[0] for view, group in zip(views, batch.images, strict=True)
                 ]
-            (loss + args.sight_weight * sum(named)).backward()
+            (loss + args.sight_weight * sum(named) + args.look_weight * guided).backward()
             norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0))
             if math.isfinite(norm):
                 optimizer.step()
@@ -118,7 +125,8 @@ def train(args: argparse.Namespace) -> None:
             log.writerow([clock.step, f"{clock.seconds:.1f}", f"{value:.4f}", f"{lr:.6f}", f"{norm:.3f}"])
             bar.update()
             if clock.step % 10 == 0:
-                bar.set_postfix(loss=f"{mean_loss:.3f}", done=f"{clock.progress:.0%}", refresh=False)
+                looked = " ".join(f"{share:.2f}" for share in shares.values())
+                bar.set_postfix(loss=f"{mean_loss:.3f}", looked=looked, done=f"{clock.progress:.0%}", refresh=False)
                 log_file.flush()
             if clock.seconds - saved > 60 * args.save_minutes:
                 save()
@@ -161,6 +169,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--sight-rows", type=int, default=32, help="images of one such step")
     parser.add_argument("--sight-lr", type=float, default=2e-3)
     parser.add_argument("--sight-weight", type=float, default=0.5, help="of naming tokens beside the answers' loss")
+    parser.add_argument("--look-weight", type=float, default=0.5, help="of looking at what a word names")
     parser.add_argument("--lr", type=float, default=1e-3, help="peak learning rate")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--float32", action="store_true", help="without bf16 autocast (CPUs without bf16)")

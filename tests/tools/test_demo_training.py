@@ -12,7 +12,7 @@ transformers = pytest.importorskip("transformers")
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
 
-from demo_training import cases, labels, model, questions, samples, scenes  # noqa: E402
+from demo_training import cases, guide, labels, model, questions, samples, scenes  # noqa: E402
 from demo_training.tokenizer import CHAT_TEMPLATE, CONTROL_TOKENS, train_tokenizer  # noqa: E402
 from hypothesis import given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
@@ -55,10 +55,10 @@ def test_answers_are_true_of_the_scene():
     for _ in range(300):
         question, answer = questions.ask("count", scene, rng)
         if "shapes" in question and not any(word in question for word in (*scenes.COLOURS, *scenes.SIZES)):
-            assert answer == "Two."
+            assert answer == "Count of shapes: top left, bottom right, total 2."
         question, answer = questions.ask("colour", scene, rng)
         if "star" in question or "top left" in question:
-            assert answer == "Red."
+            assert answer.endswith(" is red.")
         question, answer = questions.ask("what_at", scene, rng)
         assert answer == {"top left": "A small red star.", "bottom right": "A large blue circle."}.get(
             next(place for place in scenes.PLACES if place in question), "Nothing."
@@ -188,3 +188,24 @@ def test_the_export_is_read_by_transformers_as_it_was(tokenizer, small_model, tm
         "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n"
         "<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
     )
+
+
+def test_the_guide_looks_from_a_name_at_what_it_fits(tokenizer):
+    things = (scenes.Thing("large", "red", "star", 0), scenes.Thing("large", "blue", "star", 3))
+    spots = [scenes.Spot(things[0], 28.0, 28.0, 20.0, (0, 0, 0)), scenes.Spot(things[1], 84.0, 84.0, 20.0, (0, 0, 0))]
+    writer, segment = samples.Writer(tokenizer), samples.Segment()
+    writer.add_image(segment, (4, 4))
+    writer.add(segment, "Where is the blue star?")
+    pixels = np.zeros((1, 64, 588), np.uint8)
+    group = samples.ImageGroup((8, 8), pixels, labels.token_labels(spots, 112, 112)[None])
+    targets = guide.Guide(tokenizer).targets(samples.collate([[segment]], [group], writer.image_id))
+
+    def seen(layer, word):
+        target, column = targets[layer], segment.ids.index(tokenizer.token_to_id("Ġ" + word))
+        row = target.columns.tolist().index(column)
+        return {idx - 1 for idx in target.seen[row].nonzero().flatten().tolist()}  # 1: <|vision_start|> comes first
+
+    blue_tokens = {10, 11, 14, 15}
+    assert seen(guide.WORD_LAYER, "blue") <= blue_tokens
+    assert seen(guide.WORD_LAYER, "star") & {0, 1, 4, 5} and seen(guide.WORD_LAYER, "star") & blue_tokens
+    assert seen(guide.NAME_LAYER, "star") and seen(guide.NAME_LAYER, "star") <= blue_tokens

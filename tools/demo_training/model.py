@@ -119,7 +119,7 @@ def encode_images(model: Qwen2VLForConditionalGeneration, group: ImageGroup) -> 
         qkv = block.attn.qkv(block.norm1(x)).view(num_images, num_patches, 3, heads, -1).permute(2, 0, 3, 1, 4)
         query, key, value = qkv.unbind(0)
         query, key = query * cos + rotate_half(query) * sin, key * cos + rotate_half(key) * sin
-        mixed = attend(query, key, value)
+        mixed, _ = attend(query, key, value)
         x = x + block.attn.proj(mixed.transpose(1, 2).reshape(num_images, num_patches, width))
         x = x + block.mlp(block.norm2(x))
     merger = tower.merger
@@ -138,8 +138,8 @@ def _vision_rope(inv_freq: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tenso
     return _half(angles.cos()), _half(angles.sin())
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Plain attention (rows, heads, length, head_dim): here two bmm are 3 times faster than the fused kernel."""
+def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """Plain attention (rows, heads, length, head_dim) and its weights: two bmm, 3 times faster than the fused kernel."""
     rows, heads, length, head_dim = query.shape
     groups = heads // key.shape[1]
     query = (query * head_dim**-0.5).reshape(rows * key.shape[1], groups * length, head_dim)
@@ -147,15 +147,22 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None
     scores = torch.bmm(query, key.transpose(1, 2))
     if mask is not None:
         scores = (scores.view(rows, heads, length, -1) + mask).view(scores.shape)
-    return torch.bmm(scores.softmax(-1), value).view(rows, heads, length, head_dim)
+    look = scores.softmax(-1)
+    mixed = torch.bmm(look, value).view(rows, heads, length, head_dim)
+    return mixed, look.view(rows, heads, length, -1)
 
 
 def _half(table: Tensor) -> Tensor:
     return table.to(torch.bfloat16) if torch.is_autocast_enabled("cpu") else table
 
 
-def hidden_states(model: Qwen2VLForConditionalGeneration, batch: Batch, views: list[Tensor]) -> Tensor:
-    """The text model's last hidden states (rows, length, hidden); `views` are the encoded images of each group."""
+def hidden_states(
+    model: Qwen2VLForConditionalGeneration, batch: Batch, views: list[Tensor], looks: dict[int, Tensor] | None = None
+) -> Tensor:
+    """The text model's last hidden states (rows, length, hidden); `views` are the encoded images of each group.
+
+    Fills `looks` with the attention (rows, heads, length, length) of each layer.
+    """
     text = model.model.language_model
     ids = torch.from_numpy(batch.ids)
     x = text.embed_tokens(ids)
@@ -165,7 +172,7 @@ def hidden_states(model: Qwen2VLForConditionalGeneration, batch: Batch, views: l
     cos, sin = (_half(table).unsqueeze(1) for table in text.rotary_emb(x, torch.from_numpy(batch.positions)))
     mask = attention_mask(torch.from_numpy(batch.branches))
     rows, length, _ = x.shape
-    for layer in text.layers:
+    for layer_idx, layer in enumerate(text.layers):
         attn = layer.self_attn
         normed = layer.input_layernorm(x)
         query, key, value = (
@@ -173,7 +180,9 @@ def hidden_states(model: Qwen2VLForConditionalGeneration, batch: Batch, views: l
             for proj in (attn.q_proj, attn.k_proj, attn.v_proj)
         )
         query, key = query * cos + rotate_half(query) * sin, key * cos + rotate_half(key) * sin
-        mixed = attend(query, key, value, mask)
+        mixed, look = attend(query, key, value, mask)
+        if looks is not None:
+            looks[layer_idx] = look
         x = x + attn.o_proj(mixed.transpose(1, 2).reshape(rows, length, -1))
         x = x + layer.mlp(layer.post_attention_layernorm(x))
     return text.norm(x)
@@ -187,9 +196,11 @@ def attention_mask(branches: Tensor) -> Tensor:
     return _half(mask)
 
 
-def answer_loss(model: Qwen2VLForConditionalGeneration, batch: Batch, views: list[Tensor]) -> Tensor:
+def answer_loss(
+    model: Qwen2VLForConditionalGeneration, batch: Batch, views: list[Tensor], looks: dict[int, Tensor] | None = None
+) -> Tensor:
     """Mean cross entropy over answers (with the token that ends each), every answer as heavy as any other."""
-    hidden = hidden_states(model, batch, views).flatten(0, 1)[torch.from_numpy(batch.answer_slots)]
+    hidden = hidden_states(model, batch, views, looks).flatten(0, 1)[torch.from_numpy(batch.answer_slots)]
     weights = torch.from_numpy(batch.answer_weights)
     losses = F.cross_entropy(model.lm_head(hidden).float(), torch.from_numpy(batch.answer_ids), reduction="none")
     return (losses * weights).sum() / weights.sum()

@@ -1,14 +1,16 @@
 """Questions about scenes, each in several wordings, with the one right answer.
 
+An answer repeats what was asked before it says what is so ("The star is red."): the model then looks up what it just
+wrote. With bare answers ("Red.") it did not learn to look things up by shape within an hour.
+
 `ask` gives a question of a kind and its answer; `KINDS` names the kinds and how often each is asked in training.
 """
 
 import random
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 from .scenes import COLOURS, PLACES, SHAPES, SIZES, Scene, Thing
 
-NUMBERS = ("None", "One", "Two", "Three", "Four")
 GREETING = "Hello! I can describe drawn shapes: send me an image and ask what is in it."
 ABILITY = "I can describe drawn shapes: what they are, where they are, their colours and how many there are."
 NO_IMAGE = "Please send me an image of drawn shapes."
@@ -102,21 +104,23 @@ def _colour(scene: Scene, rng: random.Random) -> tuple[str, str]:
     )
     if rng.random() < 0.2:
         thing = rng.choice(scene.things)
-        return wording.format(spelling, f"shape at the {thing.place}"), f"{thing.colour.capitalize()}."
+        name = f"shape at the {thing.place}"
+        return wording.format(spelling, name), f"The {name} is {thing.colour}."
     shape = rng.choice([thing.shape for thing in scene.things]) if rng.random() < 0.9 else rng.choice(SHAPES)
     colours = list(dict.fromkeys(thing.colour for thing in scene.things if thing.shape == shape))
     question = wording.format(spelling, shape)
-    if not colours:
-        return question, f"There is no {shape}."
-    text = colours[0] if len(colours) == 1 else ", ".join(colours[:-1]) + " and " + colours[-1]
-    return question, text.capitalize() + "."
+    return question, f"The {shape} is {_listed(colours) if colours else 'not there'}."
+
+
+def _listed(words: Sequence[str]) -> str:
+    return words[0] if len(words) == 1 else ", ".join(words[:-1]) + " and " + words[-1]
 
 
 def _where(scene: Scene, rng: random.Random) -> tuple[str, str]:
     thing = rng.choice(scene.things)
     name = thing.shape if rng.random() < 0.4 else f"{thing.colour} {thing.shape}"
     places = [other.place for other in scene.things if _is_a(other, name)]
-    text = "At the " + (places[0] if len(places) == 1 else ", ".join(places[:-1]) + " and " + places[-1]) + "."
+    text = f"The {name} is at the {_listed(places)}."
     return rng.choice(
         ("Where is the {}?", "Where's the {}?", "Where is the {} in this image?", "Where can I find the {}?")
     ).format(name), text
@@ -145,7 +149,6 @@ def _count(scene: Scene, rng: random.Random) -> tuple[str, str]:
             f"{thing.colour} {thing.shape}",
         )
     )
-    number = NUMBERS[sum(_is_a(other, name) for other in scene.things)]
     wording = rng.choice(
         (
             "How many {} are there?",
@@ -156,15 +159,22 @@ def _count(scene: Scene, rng: random.Random) -> tuple[str, str]:
             "How many {}?",
         )
     )
-    return wording.format(_plural(name)), number + "."
+    return wording.format(_plural(name)), _counted(scene, name)
+
+
+def _counted(scene: Scene, name: str) -> str:
+    """`Count of red stars: top left, bottom right, total 2.`"""
+    places = [thing.place for thing in scene.things if _is_a(thing, name)]
+    return f"Count of {_plural(name)}: " + ", ".join([*places, f"total {len(places)}."])
 
 
 def _exists(scene: Scene, rng: random.Random) -> tuple[str, str]:
     thing = rng.choice(scene.things) if rng.random() < 0.5 else _random_thing(rng)
     name = rng.choice((thing.shape, f"{thing.colour} {thing.shape}", f"{thing.colour} shape"))
-    wording = rng.choice(("Is there a {}?", "Is there a {} in this image?", "Do you see a {}?", "Can you see a {}?"))
-    text = wording.format(name).replace(" a orange", " an orange")
-    return text, "Yes." if any(_is_a(other, name) for other in scene.things) else "No."
+    wording = rng.choice(("Is there {}?", "Is there {} in this image?", "Do you see {}?", "Can you see {}?"))
+    name = f"an {name}" if name.startswith("orange") else f"a {name}"
+    is_there = any(_is_a(other, name.split(" ", 1)[1]) for other in scene.things)
+    return wording.format(name), f"{name.capitalize()}: {'yes' if is_there else 'no'}."
 
 
 def _size(scene: Scene, rng: random.Random) -> tuple[str, str]:
@@ -172,9 +182,8 @@ def _size(scene: Scene, rng: random.Random) -> tuple[str, str]:
     name = f"{thing.colour} {thing.shape}"
     if sum(_is_a(other, name) for other in scene.things) > 1:
         name = f"shape at the {thing.place}"
-    if rng.random() < 0.5:
-        return f"What size is the {name}?", thing.size.capitalize() + "."
-    return f"Is the {name} large or small?", thing.size.capitalize() + "."
+    question = rng.choice((f"What size is the {name}?", f"Is the {name} large or small?"))
+    return question, f"The {name} is {thing.size}."
 
 
 def _random_thing(rng: random.Random) -> Thing:
@@ -223,7 +232,7 @@ def ask_pair(first: Scene, second: Scene, rng: random.Random) -> tuple[str, str]
     if which < 0.8:
         return rng.choice(BOTH_IMAGES), f"First: {describe_scene(first)} Second: {describe_scene(second)}"
     name, scene = rng.choice((("first", first), ("second", second)))
-    return f"How many shapes are in the {name} image?", NUMBERS[len(scene.things)] + "."
+    return f"How many shapes are in the {name} image?", _counted(scene, "shape")
 
 
 def talk(rng: random.Random) -> tuple[str, str]:

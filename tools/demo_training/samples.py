@@ -26,7 +26,7 @@ NUM_BRANCHES = 5
 # Of the questions of a branch: most of those that look a thing up by its shape or colour, the hardest to learn.
 BRANCH_KINDS = {"describe": 2, "what_at": 2, "colour": 6, "count": 4, "where": 4, "exists": 3, "size": 1}
 FIRST_STEPS = (150, 300, 450)  # at most 1, 2, 3 things and one kind of sample until these steps
-FEW_STEPS = 3300  # half of the batches have at most 2 things, until this step
+FEW_STEPS = 4200  # half of the batches have at most 2 things, until this step
 SMALL_STEPS = 800  # small images only, until this step
 
 
