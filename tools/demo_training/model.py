@@ -139,7 +139,7 @@ def _vision_rope(inv_freq: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tenso
 
 
 def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """Plain attention (rows, heads, length, head_dim) and its weights: two bmm, 3 times faster than the fused kernel."""
+    """Plain attention (rows, heads, length, head_dim) and its weights: 3 times faster than the fused kernel."""
     rows, heads, length, head_dim = query.shape
     groups = heads // key.shape[1]
     query = (query * head_dim**-0.5).reshape(rows * key.shape[1], groups * length, head_dim)
