@@ -251,7 +251,7 @@ class Scheduler:
             decode_s = self.budget.decode_s
             seconds_left = max(limits.step_budget_s - decode_s, MIN_CHUNK_SHARE * decode_s)
             if not self.budget.is_known:
-                tokens_left = max(tokens_left // 4, floor)
+                tokens_left = min(tokens_left, 2 * floor)  # one small chunk tells
         prefilling = deque(alloc for alloc in self._running if alloc.prefilling)
         admission = self._waiting.begin(self._running)
         while tokens_left > 0 and (seconds_left > 0.0 or floor):
