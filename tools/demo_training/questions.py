@@ -106,10 +106,15 @@ def _colour(scene: Scene, rng: random.Random) -> tuple[str, str]:
         thing = rng.choice(scene.things)
         name = f"shape at the {thing.place}"
         return wording.format(spelling, name), f"The {name} is {thing.colour}."
-    shape = rng.choice([thing.shape for thing in scene.things]) if rng.random() < 0.9 else rng.choice(SHAPES)
+    shape = rng.choice(_singular(scene) or SHAPES) if rng.random() < 0.95 else rng.choice(SHAPES)
     colours = list(dict.fromkeys(thing.colour for thing in scene.things if thing.shape == shape))
-    question = wording.format(spelling, shape)
-    return question, f"The {shape} is {_listed(colours) if colours else 'not there'}."
+    return wording.format(spelling, shape), f"The {shape} is {_listed(colours) if colours else 'not there'}."
+
+
+def _singular(scene: Scene) -> list[str]:
+    """The shapes that occur once, which "the star" can speak of."""
+    shapes = [thing.shape for thing in scene.things]
+    return [shape for shape in shapes if shapes.count(shape) == 1]
 
 
 def _listed(words: Sequence[str]) -> str:
@@ -118,12 +123,12 @@ def _listed(words: Sequence[str]) -> str:
 
 def _where(scene: Scene, rng: random.Random) -> tuple[str, str]:
     thing = rng.choice(scene.things)
-    name = thing.shape if rng.random() < 0.4 else f"{thing.colour} {thing.shape}"
+    name = thing.shape if thing.shape in _singular(scene) and rng.random() < 0.5 else f"{thing.colour} {thing.shape}"
     places = [other.place for other in scene.things if _is_a(other, name)]
-    text = f"The {name} is at the {_listed(places)}."
-    return rng.choice(
+    wording = rng.choice(
         ("Where is the {}?", "Where's the {}?", "Where is the {} in this image?", "Where can I find the {}?")
-    ).format(name), text
+    )
+    return wording.format(name), f"The {name} is at the {_listed(places)}."
 
 
 def _is_a(thing: Thing, name: str) -> bool:

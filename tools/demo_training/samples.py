@@ -21,7 +21,7 @@ PATCH, MERGE = 14, 2
 IMAGE = "<|vision_start|>{}<|vision_end|>"
 SMALL_SIDES, SIDES, LARGE_SIDES = (84, 112, 140), (84, 112, 140, 168, 196), (196, 224, 252, 280, 308, 336, 392)
 MAX_LARGE_PIXELS = 336 * 336
-KINDS = {"branches": 60, "image_last": 20, "turns": 8, "pair": 8, "talk": 4}  # percent of batches
+KINDS = {"branches": 58, "image_last": 16, "turns": 10, "pair": 13, "talk": 3}  # percent of batches
 NUM_BRANCHES = 5
 # Of the questions of a branch: most of those that look a thing up by its shape or colour, the hardest to learn.
 BRANCH_KINDS = {"describe": 2, "what_at": 2, "colour": 6, "count": 4, "where": 4, "exists": 3, "size": 1}
