@@ -27,6 +27,7 @@ class LlavaOracle:
     def __init__(self, row: Row, parent: Path) -> None:
         self.twin: Twin = tiny_llava(parent, row)
         self.name, self.folder = row.name, self.twin.folder
+        self.image_token_id = self.twin.model.config.image_token_index
 
     def prepare(self, turns: Turns) -> tuple[list[int], dict[str, Any]]:
         images = [noise_image(*part) for _, parts in turns for part in parts if not isinstance(part, str)]
