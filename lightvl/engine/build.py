@@ -146,7 +146,8 @@ def build_service(config: ServerConfig, metrics: Metrics) -> LightVLService:
     )
     report = [
         f"model: {info.served_name} ({info.family}), loaded in {load_s:.1f} s from {checkpoint}",
-        f"device: {device}, {torch.get_num_threads()} threads; dtype: {_told(dtype)} ({dtype_reason})",
+        f"device: {device}, {torch.get_num_threads()} threads; dtype: {_told(dtype)} ({dtype_reason})"
+        + (f", stored as {_told(model.config.stored_dtype)}" if model.config.stored_dtype else ""),
         f"chat template: {template_choice.name} ({template_choice.reason})",
         f"context: {context_len} tokens ({context_reason})",
         *memory.report,
