@@ -7,6 +7,7 @@ two best tokens are closer than 2e-3.
 from __future__ import annotations
 
 import base64
+import copy
 import io
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -206,3 +207,25 @@ def assert_same(oracle: Oracle, turns: list[tuple[str, list[Part]]], answer: Ans
         best = want[step].topk(2)
         if best.values[0] - best.values[1] > NEAR_TIE:
             assert token_id == best.indices[0], f"{oracle.name}: output {step} is another token"
+
+
+async def assert_bfloat16_errs_like_hf(
+    oracle: Oracle, model: Any, all_turns: list[list[tuple[str, list[Part]]]]
+) -> None:
+    """Our mean error of logprobs against float32, over the tokens and alternatives of several answers, is at most twice
+    that of HF's `model` rounded to bfloat16."""
+    rounded = copy.deepcopy(model).to(torch.bfloat16)  # hooks are copied with the layers that they belong to
+    ours, theirs = [], []
+    async with serving(oracle, dtype="bfloat16") as service:
+        for turns in all_turns:
+            answer = (await ask(service, turns, max_tokens=16))[0]
+            prompt_ids, extra = oracle.prepare(turns)
+            exact = oracle.logprobs(prompt_ids, answer.token_ids, extra)
+            hf = oracle.logprobs(prompt_ids, answer.token_ids, extra, model=rounded)
+            for step, told in enumerate(answer.logprobs):
+                ids = [told.token_id, *(top_id for top_id, _ in told.top)]
+                logprobs = torch.tensor([told.logprob, *(logprob for _, logprob in told.top)])
+                ours.append((logprobs - exact[step, ids]).abs())
+                theirs.append((hf[step, ids] - exact[step, ids]).abs())
+    error, allowed = torch.cat(ours).mean().item(), 2 * torch.cat(theirs).mean().item()
+    assert error <= allowed, f"{oracle.name}: bfloat16 is off by {error:.4f}, HF's by {allowed / 2:.4f}"

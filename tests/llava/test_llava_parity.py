@@ -4,14 +4,12 @@ sizes, chunked and not, after a prefix hit, and 16 at once."""
 from __future__ import annotations
 
 import asyncio
-import copy
 from collections.abc import Callable
 from typing import Any
 
 import pytest
-import torch
 from llava_helpers import LlavaOracle, Turns
-from parity_helpers import Part, ask, assert_same, serving
+from parity_helpers import Part, ask, assert_bfloat16_errs_like_hf, assert_same, serving
 from tiny_llava import ROWS
 
 GetOracle = Callable[[str], LlavaOracle]
@@ -115,19 +113,4 @@ async def test_preemption_loses_nothing(oracle_of: GetOracle) -> None:
 async def test_bfloat16_errs_at_most_twice_as_much_as_hf(oracle_of: GetOracle, name: str) -> None:
     """Mean error of logprobs against float32, over the tokens and alternatives of several answers."""
     oracle = oracle_of(name)
-    rounded = copy.deepcopy(oracle.twin.model).to(torch.bfloat16)
-    ours, theirs = [], []
-    async with serving(oracle, dtype="bfloat16") as service:
-        for case in range(6):
-            turns = question(case % 3, case)
-            answer = (await ask(service, turns, max_tokens=16))[0]
-            prompt_ids, extra = oracle.prepare(turns)
-            exact = oracle.logprobs(prompt_ids, answer.token_ids, extra)
-            hf = oracle.logprobs(prompt_ids, answer.token_ids, extra, model=rounded)
-            for step, told in enumerate(answer.logprobs):
-                ids = [told.token_id, *(top_id for top_id, _ in told.top)]
-                logprobs = torch.tensor([told.logprob, *(logprob for _, logprob in told.top)])
-                ours.append((logprobs - exact[step, ids]).abs())
-                theirs.append((hf[step, ids] - exact[step, ids]).abs())
-    error, allowed = torch.cat(ours).mean().item(), 2 * torch.cat(theirs).mean().item()
-    assert error <= allowed, f"{name}: bfloat16 is off by {error:.4f}, HF's by {allowed / 2:.4f}"
+    await assert_bfloat16_errs_like_hf(oracle, oracle.twin.model, [question(case % 3, case) for case in range(6)])

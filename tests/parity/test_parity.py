@@ -4,7 +4,6 @@ hit, preemption and company. The core tier walks pairs of the grid; `-m full` wa
 from __future__ import annotations
 
 import asyncio
-import copy
 import itertools
 from collections.abc import Callable
 from dataclasses import replace
@@ -12,7 +11,17 @@ from typing import Any
 
 import pytest
 import torch
-from parity_helpers import FAMILIES, IMAGE_FAMILIES, Answer, Oracle, Part, ask, assert_same, serving
+from parity_helpers import (
+    FAMILIES,
+    IMAGE_FAMILIES,
+    Answer,
+    Oracle,
+    Part,
+    ask,
+    assert_bfloat16_errs_like_hf,
+    assert_same,
+    serving,
+)
 
 from lightvl.engine import memory
 
@@ -182,22 +191,9 @@ async def test_a_long_prompt_with_many_images(oracle_of: GetOracle, family: str)
 async def test_bfloat16_errs_at_most_twice_as_much_as_hf(oracle_of: GetOracle, family: str) -> None:
     """Mean error of logprobs against float32, over the tokens and alternatives of several answers."""
     oracle = oracle_of(family)
-    ours, theirs = [], []
-    rounded = copy.deepcopy(oracle.model).to(torch.bfloat16)  # hooks are copied with the layers that they belong to
-    async with serving(oracle, dtype="bfloat16") as service:
-        for case in range(6):
-            turns = question(case % 3 if family in IMAGE_FAMILIES else 0, case)
-            answer = (await ask(service, turns, max_tokens=16))[0]
-            prompt_ids, extra = oracle.prepare(turns)
-            exact = oracle.logprobs(prompt_ids, answer.token_ids, extra)
-            hf = oracle.logprobs(prompt_ids, answer.token_ids, extra, model=rounded)
-            for step, told in enumerate(answer.logprobs):
-                ids = [told.token_id, *(top_id for top_id, _ in told.top)]
-                logprobs = torch.tensor([told.logprob, *(logprob for _, logprob in told.top)])
-                ours.append((logprobs - exact[step, ids]).abs())
-                theirs.append((hf[step, ids] - exact[step, ids]).abs())
-    error, allowed = torch.cat(ours).mean().item(), 2 * torch.cat(theirs).mean().item()
-    assert error <= allowed, f"{family}: bfloat16 is off by {error:.4f}, HF's by {allowed / 2:.4f}"
+    num_images = 3 if family in IMAGE_FAMILIES else 1
+    all_turns = [question(case % num_images, case) for case in range(6)]
+    await assert_bfloat16_errs_like_hf(oracle, oracle.model, all_turns)
 
 
 @pytest.mark.parametrize("family", ["qwen2_vl", "mllama"])
