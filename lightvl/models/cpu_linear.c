@@ -1,0 +1,117 @@
+/* y = x W^T + b in bfloat16 for few rows of x, at the speed at which memory delivers W.
+
+   Decoding multiplies one to a hundred rows with every weight of the model: each weight is read from memory once and
+   used a few times, so the reading is all that counts. W stays as the checkpoint has it, (n, k) row by row; a thread
+   walks down a block of its rows, with the rows that come next on their way into the second-level cache meanwhile.
+   Blocks are handed out one by one, since a core that also hosts the event loop gets fewer of them done.
+
+   Called from cpu_linear.py, where the arguments are checked. Products and sums are in float32 (vdpbf16ps). */
+
+#include <immintrin.h>
+#include <stdint.h>
+#include <string.h>
+
+typedef uint16_t bf16;
+
+#define TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512bf16")))
+#define INLINE static inline __attribute__((always_inline)) TARGET
+
+enum {
+    LANES = 32,    /* bfloat16 values in a register */
+    MAX_X = 8,     /* rows of x in one tile */
+    MAX_W = 4,     /* rows of W in one tile */
+    MAX_BLOCK = 96 /* rows of W handed out at once: a multiple of 3 and 4, with its x inside the cache for k in the 1000s */
+};
+
+INLINE bf16 to_bf16(float value) { return (bf16)_mm_extract_epi16((__m128i)_mm_cvtneps_pbh(_mm_set_ss(value)), 0); }
+
+INLINE float to_float(bf16 value) {
+    uint32_t bits = (uint32_t)value << 16;
+    float out;
+    memcpy(&out, &bits, sizeof out);
+    return out;
+}
+
+/* One step along k for num_x rows of x and num_w of W; both are constants where this is inlined. */
+INLINE void multiply_add(const int num_x, const int num_w, __m512 sums[MAX_X][MAX_W], const bf16 *w, const bf16 *x, long k,
+                         __mmask32 mask) {
+    __m512bh w_lanes[MAX_W];
+#pragma GCC unroll 4
+    for (int j = 0; j < num_w; j++) {
+        w_lanes[j] = (__m512bh)_mm512_maskz_loadu_epi16(mask, w + j * k);
+        /* To the second level: into the first, the prefetches would push out x. */
+        _mm_prefetch((const char *)(w + (num_w + j) * k), _MM_HINT_T1);
+    }
+#pragma GCC unroll 8
+    for (int i = 0; i < num_x; i++) {
+        __m512bh x_lanes = (__m512bh)_mm512_maskz_loadu_epi16(mask, x + i * k);
+#pragma GCC unroll 4
+        for (int j = 0; j < num_w; j++) sums[i][j] = _mm512_dpbf16_ps(sums[i][j], w_lanes[j], x_lanes);
+    }
+}
+
+INLINE void tile(const int num_x, const int num_w, const bf16 *w, const bf16 *x, const bf16 *bias, bf16 *y, long k,
+                 long n) {
+    __m512 sums[MAX_X][MAX_W];
+#pragma GCC unroll 8
+    for (int i = 0; i < num_x; i++) {
+#pragma GCC unroll 4
+        for (int j = 0; j < num_w; j++) sums[i][j] = _mm512_setzero_ps();
+    }
+    long done = 0;
+    for (; done + LANES <= k; done += LANES) multiply_add(num_x, num_w, sums, w + done, x + done, k, ~0u);
+    if (done < k) multiply_add(num_x, num_w, sums, w + done, x + done, k, (1u << (k - done)) - 1);
+#pragma GCC unroll 8
+    for (int i = 0; i < num_x; i++) {
+#pragma GCC unroll 4
+        for (int j = 0; j < num_w; j++) {
+            float sum = _mm512_reduce_add_ps(sums[i][j]);
+            y[i * n + j] = to_bf16(bias ? sum + to_float(bias[j]) : sum);
+        }
+    }
+}
+
+/* num_x rows of x with `rows` rows of W. The tile's sums and operands fill the 32 registers. */
+INLINE void strip(const int num_x, const bf16 *w, const bf16 *x, const bf16 *bias, bf16 *y, long k, long n, long rows) {
+    const int num_w = num_x == 1 ? 1 : num_x <= 4 ? 4 : 3;
+    long row = 0;
+    for (; row + num_w <= rows; row += num_w)
+        tile(num_x, num_w, w + row * k, x, bias ? bias + row : 0, y + row, k, n);
+    for (; row < rows; row++) tile(num_x, 1, w + row * k, x, bias ? bias + row : 0, y + row, k, n);
+}
+
+TARGET static void block(const bf16 *w, const bf16 *x, const bf16 *bias, bf16 *y, long m, long k, long n, long rows) {
+    while (m > 0) {
+        long num_x = m < MAX_X ? m : MAX_X;
+        switch (num_x) {
+        case 1: strip(1, w, x, bias, y, k, n, rows); break;
+        case 2: strip(2, w, x, bias, y, k, n, rows); break;
+        case 3: strip(3, w, x, bias, y, k, n, rows); break;
+        case 4: strip(4, w, x, bias, y, k, n, rows); break;
+        case 5: strip(5, w, x, bias, y, k, n, rows); break;
+        case 6: strip(6, w, x, bias, y, k, n, rows); break;
+        case 7: strip(7, w, x, bias, y, k, n, rows); break;
+        default: strip(8, w, x, bias, y, k, n, rows);
+        }
+        m -= num_x, x += num_x * k, y += num_x * n;
+    }
+}
+
+/* Whether this CPU has the instructions. */
+int lightvl_linear_supported(void) {
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bf16");
+}
+
+/* x (m, k), w (n, k), bias (n) or null, y (m, n), all dense. */
+void lightvl_linear(const bf16 *w, const bf16 *x, const bf16 *bias, bf16 *y, long m, long k, long n, int num_threads) {
+    long share = n / (8L * num_threads) / 12 * 12; /* eight blocks a thread at least, where there are rows for it */
+    long block_rows = share < 12 ? 12 : share > MAX_BLOCK ? MAX_BLOCK : share;
+    long num_blocks = (n + block_rows - 1) / block_rows;
+#pragma omp parallel for schedule(dynamic, 1) num_threads(num_threads)
+    for (long b = 0; b < num_blocks; b++) {
+        long row = b * block_rows;
+        long rows = n - row < block_rows ? n - row : block_rows;
+        block(w + row * k, x, bias ? bias + row : 0, y + row, m, k, n, rows);
+    }
+}
