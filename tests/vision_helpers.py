@@ -1,4 +1,4 @@
-"""For tests/vision: noise images, and our families built from checkpoint folders, with the CPU's encoder attention."""
+"""For tests of towers: noise images, and families built from checkpoint folders, with the CPU's encoder attention."""
 
 from __future__ import annotations
 
@@ -9,17 +9,19 @@ from typing import Any
 import numpy as np
 import torch
 
+from lightvl.attention.base import EncoderAttention
 from lightvl.attention.cpu import encoder_attention
 from lightvl.models.families import build_family
 from lightvl.models.load import WeightPart, load_weights
 
+Rgb = np.ndarray[Any, np.dtype[np.uint8]]
 CPU = torch.device("cpu")
 OTHERS = WeightPart(
     "decoder", (r"((?!(?:model\.)?(?:visual|vision_model|multi_modal_projector)\.).+)",), {}, excused=".+"
 )
 
 
-def noise(width: int, height: int, seed: int = 0) -> np.ndarray[Any, np.dtype[np.uint8]]:
+def noise(width: int, height: int, seed: int = 0) -> Rgb:
     return np.random.default_rng((seed, width, height)).integers(0, 256, (height, width, 3), np.uint8)
 
 
@@ -35,10 +37,24 @@ def family_of(
     return family
 
 
-def features_of(family: Any, rgb: np.ndarray[Any, np.dtype[np.uint8]], num_images: int = 1) -> torch.Tensor:
-    layout = family.plan_image(rgb.shape[1], rgb.shape[0], num_images=num_images)
+def features_of(family: Any, rgb: Rgb, num_images: int = 1) -> torch.Tensor:
+    return features_together(family, [rgb], num_images=num_images)[0]
+
+
+def features_together(
+    family: Any, images: list[Rgb], *, num_images: int = 1, attention: EncoderAttention = encoder_attention
+) -> list[torch.Tensor]:
+    """Of images in one encode; `num_images` is that of each one's prompt."""
+    layouts = [family.plan_image(rgb.shape[1], rgb.shape[0], num_images=num_images) for rgb in images]
+    done: dict[int, torch.Tensor] = {}
+    num_pauses = 0
     with torch.inference_mode():
-        *pauses, features = family.encode(family.preprocess(rgb, layout), layout, encoder_attention)
-    assert pauses and all(pause is None for pause in pauses)
-    assert len(features) == (layout.num_cross_pages * family.cross_page_len or layout.num_tokens)
-    return features
+        inputs = [(family.preprocess(rgb, layout), layout) for rgb, layout in zip(images, layouts, strict=True)]
+        for features in family.encode(inputs, attention):
+            num_pauses += features is None
+            assert not done.keys() & (features or {}).keys(), "an image is done twice"
+            done |= features or {}
+    assert num_pauses and done.keys() == set(range(len(images)))
+    for image_idx, layout in enumerate(layouts):
+        assert len(done[image_idx]) == (layout.num_cross_pages * family.cross_page_len or layout.num_tokens)
+    return [done[image_idx] for image_idx in range(len(images))]

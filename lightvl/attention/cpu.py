@@ -255,36 +255,42 @@ def _later(num: int) -> torch.Tensor:
     return torch.ones(num, num, dtype=torch.bool).triu_(1)[:, None]
 
 
-def encoder_attention(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, seg_lens: list[int]) -> torch.Tensor:
+def encoder_attention(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, seg_lens: list[int], kv_lens: list[int] | None = None
+) -> torch.Tensor:
     """`base.EncoderAttention`: long segments head by head, runs of equal short ones together."""
     out = torch.empty_like(q, memory_format=torch.contiguous_format)
     scale = q.shape[-1] ** -0.5
-    start = run_start = 0
-    while run_start < len(seg_lens):
-        seg_len, run_end = seg_lens[run_start], run_start + 1
-        if seg_len <= SHORT_SEGMENT:
-            most = max(1, SCORE_BLOCK // (seg_len * seg_len * q.shape[1]))
-            while run_end < len(seg_lens) and seg_lens[run_end] == seg_len and run_end - run_start < most:
+    sizes = list(zip(seg_lens, seg_lens if kv_lens is None else kv_lens, strict=True))
+    row = key = run_start = 0
+    while run_start < len(sizes):
+        seg_len, kv_len = size = sizes[run_start]
+        run_end, is_short = run_start + 1, max(size) <= SHORT_SEGMENT
+        if is_short:
+            most = max(1, SCORE_BLOCK // max(1, seg_len * kv_len * q.shape[1]))
+            while run_end < len(sizes) and sizes[run_end] == size and run_end - run_start < most:
                 run_end += 1
-        rows = slice(start, start + (run_end - run_start) * seg_len)
-        if seg_len <= SHORT_SEGMENT:
-            out[rows] = _attend_windows(q[rows], k[rows], v[rows], seg_len, scale)
-        else:
-            out[rows] = _attend_segment(q[rows], k[rows], v[rows], scale)
-        start, run_start = rows.stop, run_end
-    assert start == len(q)
+        num_segs = run_end - run_start
+        rows, keys = slice(row, row + num_segs * seg_len), slice(key, key + num_segs * kv_len)
+        if is_short:
+            out[rows] = _attend_windows(q[rows], k[keys], v[keys], num_segs, scale)
+        elif seg_len:
+            out[rows] = _attend_segment(q[rows], k[keys], v[keys], scale)
+        row, key, run_start = rows.stop, keys.stop, run_end
+    assert (row, key) == (len(q), len(k))
     return out
 
 
-def _attend_windows(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, seg_len: int, scale: float) -> torch.Tensor:
+def _attend_windows(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, num_segs: int, scale: float) -> torch.Tensor:
     num_rows, num_heads, dim = q.shape
 
     def by_window(x: torch.Tensor) -> torch.Tensor:
-        return x.view(-1, seg_len, num_heads, dim).transpose(1, 2).reshape(-1, seg_len, dim)
+        seg_len = len(x) // num_segs
+        return x.view(num_segs, seg_len, num_heads, dim).transpose(1, 2).reshape(-1, seg_len, dim)
 
     scores = torch.baddbmm(q.new_empty(1), by_window(q), by_window(k).transpose(1, 2), beta=0, alpha=scale)
     out = torch.bmm(torch.softmax(scores, -1), by_window(v))
-    return out.view(-1, num_heads, seg_len, dim).transpose(1, 2).reshape(num_rows, num_heads, dim)
+    return out.view(num_segs, num_heads, num_rows // num_segs, dim).transpose(1, 2).reshape(num_rows, num_heads, dim)
 
 
 def _attend_segment(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float) -> torch.Tensor:

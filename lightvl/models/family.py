@@ -41,6 +41,12 @@ class Expansion:
     rope_delta: int = 0
 
 
+Encoding = Iterator[dict[int, torch.Tensor] | None]
+"""A generator: yields None between bounded pieces of work (a layer or so), and once for each image, by its place among
+the images, its features: (num_tokens, hidden) to replace rows, or (num_cross_pages * cross_page_len, hidden) to be
+attended to. Several may come together; they may be views of a larger tensor."""
+
+
 class Family(Protocol):
     """Image side of a model. `plan_image`, `preprocess` and `expand` are called from worker threads and are pure;
     `encode` runs on the lane thread in inference mode."""
@@ -61,17 +67,15 @@ class Family(Protocol):
         ...
 
     def preprocess(self, rgb: np.ndarray[Any, np.dtype[np.uint8]], layout: ImageLayout) -> torch.Tensor:
-        """(height, width, 3) uint8 to the uint8 tensor that `encode` takes: resized, padded, tiled or patchified as the
-        HF PIL-backed processor does. Normalising happens in `encode`, on the device."""
+        """(height, width, 3) uint8 to what `encode` takes, (..., bytes of a patch) uint8: resized, padded, tiled and
+        patchified as the HF PIL-backed processor does. Normalising happens in `encode`, on the device."""
         ...
 
     def expand(self, token_ids: Sequence[int], layouts: Sequence[ImageLayout]) -> Expansion:
         """`token_ids` holds one image token per image, in order."""
         ...
 
-    def encode(
-        self, pixels: torch.Tensor, layout: ImageLayout, attention: EncoderAttention
-    ) -> Iterator[torch.Tensor | None]:
-        """A generator: yields None between bounded pieces of work (a layer or so) and at last the features:
-        (num_tokens, hidden) to replace rows, or (num_cross_pages * cross_page_len, hidden) to be attended to."""
+    def encode(self, images: Sequence[tuple[torch.Tensor, ImageLayout]], attention: EncoderAttention) -> Encoding:
+        """Pixels and layout of each image. All go through the tower together, but for what is too much at once on a
+        CPU; each one's features are what they would be alone."""
         ...

@@ -18,6 +18,7 @@ import torch
 from llava_helpers import LlavaOracle
 from parity_helpers import noise_image
 from tiny_llava import ROWS, SIDE
+from vision_helpers import features_together
 
 from lightvl.attention.cpu import encoder_attention
 from lightvl.errors import BadRequest
@@ -37,13 +38,7 @@ def load(folder: Path, max_image_tokens: int | None = None) -> Model:
 
 
 def features_of(model: Model, image: Any, num_images: int = 1) -> torch.Tensor:
-    layout = model.family.plan_image(*image.size, num_images=num_images)
-    with torch.inference_mode():
-        pixels = model.family.preprocess(np.asarray(image), layout)
-        *pauses, features = model.family.encode(pixels, layout, encoder_attention)
-    assert pauses and all(pause is None for pause in pauses)
-    assert features is not None and len(features) == layout.num_tokens
-    return features
+    return features_together(model.family, [np.asarray(image)], num_images=num_images)[0]
 
 
 def assert_close(got: torch.Tensor, want: torch.Tensor) -> None:
@@ -298,17 +293,14 @@ def test_views_are_encoded_in_bounded_groups(oracle_of: GetOracle, monkeypatch: 
     whole = features_of(model, image)
     seen: list[int] = []
 
-    def counting(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, seg_lens: list[int]) -> torch.Tensor:
+    def counting(q: Any, k: Any, v: Any, seg_lens: list[int], kv_lens: list[int] | None = None) -> torch.Tensor:
         seen.append(len(seg_lens))
-        return encoder_attention(q, k, v, seg_lens)
+        return encoder_attention(q, k, v, seg_lens, kv_lens)
 
     monkeypatch.setattr(clip_siglip, "PAUSE_ROWS", 16 * 5)
-    layout = model.family.plan_image(*image.size, num_images=1)
-    with torch.inference_mode():
-        *pauses, features = model.family.encode(model.family.preprocess(np.asarray(image), layout), layout, counting)
-    assert features is not None
+    (features,) = features_together(model.family, [np.asarray(image)], attention=counting)
     torch.testing.assert_close(features, whole)
-    assert max(seen) == 5 and len(pauses) >= len(seen)
+    assert max(seen) == 5
 
 
 def test_side_of_siglip_leaves_pixels_over() -> None:

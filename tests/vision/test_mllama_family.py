@@ -19,7 +19,6 @@ from transformers.models.mllama.processing_mllama import (
 from vision_helpers import family_of, features_of, noise
 
 from lightvl.core import OPEN_END
-from lightvl.models.vision.vit import attend
 
 # one per aspect ratio of up to 4 tiles of 28 pixels, then tiny, large and odd ones
 GRIDS = [(28, 28), (56, 28), (84, 28), (112, 28), (28, 56), (56, 56), (28, 84), (28, 112)]
@@ -97,12 +96,3 @@ def test_image_budget_bounds_the_tiles(checkpoints: Any) -> None:
         for layout in layouts:
             assert layout.num_tokens == 1
             assert family._vision.grids[layout.grid[0] - 1] == layout.grid[1:]  # ids stay the model's own
-
-
-@pytest.mark.parametrize(("num_queries", "num_keys"), [(1, 1), (5, 1300), (1300, 5)])
-def test_attention_of_unequal_lengths(num_queries: int, num_keys: int) -> None:
-    generator = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(num, 3, 8, generator=generator) for num in (num_queries, num_keys, num_keys))
-    heads = (x.transpose(0, 1) for x in (q, k, v))
-    want = torch.nn.functional.scaled_dot_product_attention(*heads).transpose(0, 1)
-    torch.testing.assert_close(attend(q, k, v), want)

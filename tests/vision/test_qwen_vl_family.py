@@ -16,6 +16,7 @@ from PIL import Image
 from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 from vision_helpers import family_of, features_of, noise
 
+from lightvl.attention import cpu
 from lightvl.errors import BadRequest, ConfigError
 from lightvl.models.vision import vit
 from lightvl.models.vision.qwen_vl import window_order
@@ -189,6 +190,7 @@ def test_pieces_of_any_size_give_the_same(checkpoints: Any, kind: str, monkeypat
     """Chunks of rows, heads and queries bound the work between two pauses; they must not show in the features."""
     family, rgb = family_of(checkpoints(kind)[0]), noise(300, 250)
     want = features_of(family, rgb)
-    for name, size in (("ROW_CHUNK", 7), ("PAUSE_ROWS", 14), ("PAUSE_SCORES", 1), ("QUERY_CHUNK", 3)):
+    for name, size in (("ROW_CHUNK", 7), ("PAUSE_ROWS", 14), ("PAUSE_SCORES", 1)):
         monkeypatch.setattr(vit, name, size)
+    monkeypatch.setattr(cpu, "SCORE_BLOCK", 3000)
     torch.testing.assert_close(features_of(family, rgb), want)

@@ -8,7 +8,8 @@ Built by `families.build_family`. Knows nothing about requests; what the models 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from lightvl.errors import BadRequest
 from lightvl.images.transforms import MAX_ASPECT_RATIO, Pixels, patchify, resize
 from lightvl.models.config import decoder_config, decoder_type
 from lightvl.models.families import llava_anyres as anyres
-from lightvl.models.family import Expansion, ImageLayout
+from lightvl.models.family import Encoding, Expansion, ImageLayout
 from lightvl.models.load import WeightPart, module_targets
 from lightvl.models.vision.clip_siglip import ViewTower
 from lightvl.models.vision.llava_config import llava_config
@@ -149,17 +150,22 @@ class LlavaFamily:
         rows = [(int(end) - layout.num_tokens, int(end)) for end, layout in zip(ends, layouts, strict=True)]
         return Expansion(np.repeat(ids, lens), rows)
 
-    def encode(
-        self, pixels: torch.Tensor, layout: ImageLayout, attention: EncoderAttention
-    ) -> Iterator[torch.Tensor | None]:
-        views = []
-        for features in self._tower.encode(pixels, attention):
-            if features is not None:
-                views.append(self._projector(features[:, self._config.first_row :]))
-            yield None
-        rows = self._merge(torch.cat(views), layout)
-        assert len(rows) == layout.num_tokens
-        yield rows
+    def encode(self, images: Sequence[tuple[torch.Tensor, ImageLayout]], attention: EncoderAttention) -> Encoding:
+        """The views of all images go through the tower one behind the other; an image is done with its last view."""
+        waiting = deque((image_idx, len(pixels), layout) for image_idx, (pixels, layout) in enumerate(images))
+        views: list[torch.Tensor] = []  # (view_len, hidden) each, of the images that wait
+        for features in self._tower.encode(torch.cat([pixels for pixels, _ in images]), attention):
+            if features is None:
+                yield None
+                continue
+            views.extend(self._projector(features[:, self._config.first_row :]))
+            done = {}
+            while waiting and waiting[0][1] <= len(views):
+                image_idx, num_views, layout = waiting.popleft()
+                done[image_idx] = self._merge(torch.stack(views[:num_views]), layout)
+                assert len(done[image_idx]) == layout.num_tokens
+                del views[:num_views]
+            yield done
 
     def _merge(self, views: torch.Tensor, layout: ImageLayout) -> torch.Tensor:
         """(views, view_len, hidden) to (num_tokens, hidden)."""

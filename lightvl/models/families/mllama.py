@@ -5,7 +5,7 @@ Built by `families.build_family`. Knows nothing about requests. Which rows see w
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +16,12 @@ from lightvl.attention.base import EncoderAttention
 from lightvl.core import OPEN_END
 from lightvl.images.transforms import Pixels, best_grid, fit_size, patchify, resize, split_tiles
 from lightvl.models.config import decoder_config
-from lightvl.models.family import Expansion, ImageLayout
+from lightvl.models.family import Encoding, Expansion, ImageLayout
 from lightvl.models.linear import Linear
 from lightvl.models.load import WeightPart, module_targets
 from lightvl.models.vision.config import mllama_vision_config
 from lightvl.models.vision.mllama import MllamaTower
+from lightvl.models.vision.vit import pauses_after, row_chunks
 
 
 class MllamaFamily:
@@ -101,9 +102,15 @@ class MllamaFamily:
             next_row = row
         return Expansion(ids, image_rows[::-1])
 
-    def encode(
-        self, pixels: torch.Tensor, layout: ImageLayout, attention: EncoderAttention
-    ) -> Iterator[torch.Tensor | None]:
-        """The tower's masks do not fit `attention`, which has none; it brings its own."""
-        for features in self._tower.encode(pixels, layout.grid[0]):
-            yield None if features is None else self._projector(features)
+    def encode(self, images: Sequence[tuple[torch.Tensor, ImageLayout]], attention: EncoderAttention) -> Encoding:
+        for features in self._tower.encode([(pixels, layout.grid[0]) for pixels, layout in images], attention):
+            if features is None:
+                yield None
+                continue
+            projected = features.new_empty(len(features), self._vision.out_size)
+            for rows in row_chunks(features):
+                projected[rows] = self._projector(features[rows])
+                if pauses_after(rows):
+                    yield None
+            num_rows = [layout.num_cross_pages * self.cross_page_len for _, layout in images]
+            yield dict(enumerate(torch.split(projected, num_rows)))

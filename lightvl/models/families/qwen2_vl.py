@@ -6,7 +6,7 @@ Built by `families.build_family`. Knows nothing about requests; what the two dif
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ import torch
 from lightvl.attention.base import EncoderAttention
 from lightvl.images.transforms import Pixels, patchify, resize, smart_size
 from lightvl.models.config import decoder_config
-from lightvl.models.family import Expansion, ImageLayout
+from lightvl.models.family import Encoding, Expansion, ImageLayout
 from lightvl.models.load import WeightPart, module_targets
 from lightvl.models.vision.config import qwen_vision_config
 from lightvl.models.vision.qwen_vl import QwenTower
@@ -101,11 +101,14 @@ class Qwen2VLFamily:
             rope_delta=next_position - next_row,
         )
 
-    def encode(
-        self, pixels: torch.Tensor, layout: ImageLayout, attention: EncoderAttention
-    ) -> Iterator[torch.Tensor | None]:
-        _, high, wide = layout.grid
-        return self._tower.encode(pixels, high, wide, attention)
+    def encode(self, images: Sequence[tuple[torch.Tensor, ImageLayout]], attention: EncoderAttention) -> Encoding:
+        patches = torch.cat([pixels for pixels, _ in images])
+        grids = [(layout.grid[1], layout.grid[2]) for _, layout in images]
+        for features in self._tower.encode(patches, grids, attention):
+            if features is None:
+                yield None
+            else:
+                yield dict(enumerate(torch.split(features, [layout.num_tokens for _, layout in images])))
 
 
 def _text_positions(begin: int, num: int) -> np.ndarray[Any, np.dtype[np.int64]]:

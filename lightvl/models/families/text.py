@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 from lightvl.attention.base import EncoderAttention
 from lightvl.errors import BadRequest
 from lightvl.models.config import decoder_config
-from lightvl.models.family import Expansion, ImageLayout
+from lightvl.models.family import Encoding, Expansion, ImageLayout
 from lightvl.models.load import WeightMap
 
 
@@ -48,7 +48,5 @@ class TextFamily:
         assert not layouts
         return Expansion(np.asarray(token_ids, dtype=np.int64), [])
 
-    def encode(
-        self, pixels: torch.Tensor, layout: ImageLayout, attention: EncoderAttention
-    ) -> Iterator[torch.Tensor | None]:
+    def encode(self, images: Sequence[tuple[torch.Tensor, ImageLayout]], attention: EncoderAttention) -> Encoding:
         raise AssertionError("plan_image refuses every image")

@@ -12,17 +12,16 @@ import torch
 from torch import nn
 
 from lightvl.attention.base import EncoderAttention
-from lightvl.models.linear import Linear
 from lightvl.models.load import Target
 from lightvl.models.vision.llava_config import ViewTowerConfig
 from lightvl.models.vision.vit import (
-    MLP,
     PAUSE_ROWS,
+    Layer,
     PatchEmbedding,
+    WithinSegments,
     container_targets,
     layer_norm,
     parameter,
-    row_chunks,
 )
 
 
@@ -35,7 +34,7 @@ class ViewTower(nn.Module):
         self.embeddings = _Embeddings(config, dtype, device)
         if config.has_class_token:
             self.pre_layrnorm = layer_norm(config.hidden_size, config.norm_eps, dtype=dtype, device=device)
-        self._layers_in_order = [_Layer(config, dtype, device) for _ in range(max(config.kept_states))]
+        self._layers_in_order = [_layer(config, dtype, device) for _ in range(max(config.kept_states))]
         self.encoder = nn.Module()
         self.encoder.layers = nn.ModuleList(self._layers_in_order)
 
@@ -50,8 +49,9 @@ class ViewTower(nn.Module):
                 x = self.pre_layrnorm(x)
             x = x.flatten(0, 1)
             kept = {0: x.clone()} if 0 in self._config.kept_states else {}
+            attend = WithinSegments([view_len] * len(group), attention)
             for layer_idx, layer in enumerate(self._layers_in_order, 1):
-                yield from layer.steps(x, [view_len] * len(group), attention)
+                yield from layer.steps(x, attend)
                 if layer_idx in self._config.kept_states:
                     kept[layer_idx] = x.clone() if layer_idx < len(self._layers_in_order) else x
             features = torch.cat([kept[state_idx] for state_idx in self._config.kept_states], -1)
@@ -90,35 +90,18 @@ class _Embeddings(nn.Module):
         return targets | {names[name]: target for name, target in own.items() if name in names}
 
 
-class _Layer(nn.Module):
-    def __init__(self, config: ViewTowerConfig, dtype: torch.dtype, device: torch.device) -> None:
-        super().__init__()
-        size = config.hidden_size
-        self._num_heads = config.num_heads
-        self.layer_norm1 = layer_norm(size, config.norm_eps, dtype=dtype, device=device)
-        self.layer_norm2 = layer_norm(size, config.norm_eps, dtype=dtype, device=device)
-        qkv = dict.fromkeys(("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), size)
-        self.qkv = Linear(size, qkv, bias=True, dtype=dtype, device=device)
-        self.proj = Linear(size, {"self_attn.out_proj": size}, bias=True, dtype=dtype, device=device)
-        self.mlp = MLP(
-            size,
-            config.mlp_size,
-            size,
-            ups=("fc1",),
-            down="fc2",
-            activation=config.activation,
-            dtype=dtype,
-            device=device,
-        )
-
-    def steps(self, x: torch.Tensor, view_lens: list[int], attention: EncoderAttention) -> Iterator[None]:
-        """x (rows, size) to the layer's output, in place, in two steps. A row attends to the rows of its own view."""
-        q, k, v = self.qkv(self.layer_norm1(x)).view(len(x), 3, self._num_heads, -1).unbind(1)
-        x += self.proj(attention(q, k, v, view_lens).flatten(1))
-        yield
-        for rows in row_chunks(x):
-            x[rows] += self.mlp(self.layer_norm2(x[rows]))
-        yield
-
-    def weight_targets(self) -> dict[str, Target]:
-        return container_targets(self)
+def _layer(config: ViewTowerConfig, dtype: torch.dtype, device: torch.device) -> Layer:
+    size = config.hidden_size
+    return Layer(
+        size,
+        config.num_heads,
+        config.mlp_size,
+        norms={
+            name: layer_norm(size, config.norm_eps, dtype=dtype, device=device)
+            for name in ("layer_norm1", "layer_norm2")
+        },
+        proj="self_attn.out_proj",
+        activation=config.activation,
+        dtype=dtype,
+        device=device,
+    )

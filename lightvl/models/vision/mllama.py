@@ -1,9 +1,9 @@
-"""The tower of Llama-3.2-Vision: the patches of an image's real tiles to features for cross attention.
+"""The tower of Llama-3.2-Vision: the patches of images' real tiles to features for cross attention.
 
 Called by families/mllama.py, which plans tiles and aspect ratio. The model always saw `max_tiles` tiles, so padding
 tiles are computed too: rows of real tiles attend to everything, padding included; padding (whole padding tiles, and the
-few zero rows that round every tile up to a multiple of 8) attends to real rows only. Rows are therefore kept in the
-order "real, padding", and one attention becomes two. Only the real rows come out.
+few zero rows that round every tile up to a multiple of 8) attends to real rows only. An image's rows are therefore kept
+in the order "real, padding", and one attention becomes two. Only the real rows come out.
 
     rows:  | tile 0 | ... | tile n-1 | padding tile n | ... | rounding of tile 0 | ... | rounding of the last |
            |<------- real --------->|<----------------------------- padding ------------------------------->|
@@ -11,24 +11,18 @@ order "real, padding", and one attention becomes two. Only the real rows come ou
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import nn
 
-from lightvl.models.linear import Linear
-from lightvl.models.load import Target
+from lightvl.attention.base import EncoderAttention
 from lightvl.models.vision.config import MllamaVisionConfig
 from lightvl.models.vision.vit import (
-    MLP,
+    Layer,
     PatchEmbedding,
-    attend,
-    container_targets,
-    head_pieces,
     layer_norm,
     parameter,
-    pauses_after,
-    row_chunks,
 )
 
 TILE_MULTIPLE = 8
@@ -54,29 +48,36 @@ class MllamaTower(nn.Module):
         self.transformer = _Encoder(config, config.num_layers, is_gated=False, dtype=dtype, device=device)
         self.global_transformer = _Encoder(config, config.num_global_layers, is_gated=True, dtype=dtype, device=device)
 
-    def encode(self, patches: torch.Tensor, aspect_ratio_id: int) -> Iterator[torch.Tensor | None]:
-        """`patches` (real tiles, patches of a tile, patch * patch * 3) uint8. Yields None several times a
-        layer, at last (real tiles * tile_len, feature_size)."""
+    def encode(
+        self, images: Sequence[tuple[torch.Tensor, int]], attention: EncoderAttention
+    ) -> Iterator[torch.Tensor | None]:
+        """`images`: the patches (real tiles, patches of a tile, patch * patch * 3) uint8 and the aspect ratio id of
+        each. Yields None several times a layer, at last (all real tiles * tile_len, feature_size), image after image.
+        """
         config = self._config
-        num_real = len(patches) * config.tile_len
-        x = self._embed(patches.to(self._device), aspect_ratio_id)
+        x = torch.cat([self._embed(patches.to(self._device), ratio_id) for patches, ratio_id in images])
+        by_image = x.view(len(images), -1, x.shape[-1])
+        attend = _RealAndPadding(
+            [len(patches) * config.tile_len for patches, _ in images], by_image.shape[1], attention, self._device
+        )
         kept = {}
         for layer_idx, layer in enumerate(self.transformer.in_order):
-            yield from layer.steps(x, num_real)
+            yield from layer.steps(x, attend)
             if layer_idx in config.kept_layers:
-                kept[layer_idx] = x[:num_real].clone()
-        x = self.layernorm_post(x)
-        per_tile = self.post_tile_positional_embedding(aspect_ratio_id)  # (max_tiles, 1, size)
-        for rows in self._by_tile(x):
-            rows += per_tile
+                kept[layer_idx] = x[attend.real]
+        x.copy_(self.layernorm_post(x))
+        for rows, (_, ratio_id) in zip(by_image, images, strict=True):
+            per_tile = self.post_tile_positional_embedding(ratio_id)  # (max_tiles, 1, size)
+            for tiles in self._by_tile(rows):
+                tiles += per_tile
         for layer in self.global_transformer.in_order:
-            yield from layer.steps(x, num_real)
+            yield from layer.steps(x, attend)
         # in the checkpoint's projection the kept layers vary fastest
         inner = torch.stack([kept[layer_idx] for layer_idx in config.kept_layers], -1)
-        yield torch.cat((x[:num_real], inner.flatten(1)), -1)
+        yield torch.cat((x[attend.real], inner.flatten(1)), -1)
 
     def _embed(self, patches: torch.Tensor, aspect_ratio_id: int) -> torch.Tensor:
-        """Rows before the first layer, real tiles first, rounding last."""
+        """An image's rows before the first layer, real tiles first, rounding last."""
         config = self._config
         embedded = self.patch_embedding(patches)
         # the pixels of padding tiles are zero after normalising, and so are their embeddings
@@ -89,10 +90,35 @@ class MllamaTower(nn.Module):
         return torch.cat((tiles.flatten(0, 1), tiles.new_zeros(config.max_tiles * rounding, tiles.shape[-1])))
 
     def _by_tile(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Views (max_tiles, rows, size) of the tiles and of their rounding."""
+        """Views (max_tiles, rows, size) of an image's tiles and of their rounding."""
         tiles = self._config.max_tiles
         end = tiles * self._config.tile_len
         return x[:end].view(tiles, -1, x.shape[-1]), x[end:].view(tiles, -1, x.shape[-1])
+
+
+class _RealAndPadding:
+    """`vit.Attend`: an image's real rows attend to all of its rows, its padding to the real ones only."""
+
+    def __init__(
+        self, num_real: Sequence[int], num_rows: int, attention: EncoderAttention, device: torch.device
+    ) -> None:
+        """`num_real` rows of each image, which has `num_rows` in all."""
+        self._attention, self._real_lens = attention, list(num_real)
+        self._padding_lens = [num_rows - num for num in num_real]
+        self._all_lens = [num_rows] * len(self._real_lens)
+        self.num_scores = len(self._real_lens) * num_rows**2
+        is_real = torch.arange(num_rows) < torch.tensor(self._real_lens)[:, None]
+        self.real = is_real.flatten().nonzero()[:, 0].to(device)  # all images' real rows
+        self._padding = (~is_real).flatten().nonzero()[:, 0].to(device)
+
+    def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        out = torch.empty_like(q, memory_format=torch.contiguous_format)
+        out[self.real] = self._attention(q[self.real], k, v, self._real_lens, self._all_lens)
+        real_keys, real_values = k[self.real], v[self.real]
+        out[self._padding] = self._attention(
+            q[self._padding], real_keys, real_values, self._padding_lens, self._real_lens
+        )
+        return out
 
 
 class _TileEmbedding(nn.Module):
@@ -137,52 +163,21 @@ class _Encoder(nn.Module):
         self, config: MllamaVisionConfig, num_layers: int, *, is_gated: bool, dtype: torch.dtype, device: torch.device
     ) -> None:
         super().__init__()
-        self.in_order = [_Layer(config, is_gated, dtype, device) for _ in range(num_layers)]
+        self.in_order = [_layer(config, is_gated, dtype, device) for _ in range(num_layers)]
         self.layers = nn.ModuleList(self.in_order)
 
 
-class _Layer(nn.Module):
-    def __init__(self, config: MllamaVisionConfig, is_gated: bool, dtype: torch.dtype, device: torch.device) -> None:
-        super().__init__()
-        size = config.hidden_size
-        self._num_heads = config.num_heads
-        self.input_layernorm = layer_norm(size, config.norm_eps, dtype=dtype, device=device)
-        self.post_attention_layernorm = layer_norm(size, config.norm_eps, dtype=dtype, device=device)
-        qkv = dict.fromkeys(("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), size)
-        self.qkv = Linear(size, qkv, bias=False, dtype=dtype, device=device)
-        self.proj = Linear(size, {"self_attn.o_proj": size}, bias=False, dtype=dtype, device=device)
-        self.mlp = MLP(
-            size,
-            config.mlp_size,
-            size,
-            ups=("fc1",),
-            down="fc2",
-            activation=config.activation,
-            dtype=dtype,
-            device=device,
-        )
-        self.gate_attn = parameter(1, dtype=dtype, device=device) if is_gated else None
-        self.gate_ffn = parameter(1, dtype=dtype, device=device) if is_gated else None
-
-    def steps(self, x: torch.Tensor, num_real: int) -> Iterator[None]:
-        """Advance x (N, size) in place, in bounded pieces. The first `num_real` rows are real, the others padding."""
-        q, k, v = self.qkv(self.input_layernorm(x)).view(len(x), 3, self._num_heads, -1).unbind(1)
-        attended = torch.empty_like(q, memory_format=torch.contiguous_format)
-        for heads in head_pieces(q, len(x) ** 2):
-            keys, values = k[:, heads], v[:, heads]
-            attended[:num_real, heads] = attend(q[:num_real, heads], keys, values)
-            attended[num_real:, heads] = attend(q[num_real:, heads], keys[:num_real], values[:num_real])
-            yield
-        x += _gated(self.proj(attended.flatten(1)), self.gate_attn)
-        for rows in row_chunks(x):
-            x[rows] += _gated(self.mlp(self.post_attention_layernorm(x[rows])), self.gate_ffn)
-            if pauses_after(rows):
-                yield
-        yield
-
-    def weight_targets(self) -> dict[str, Target]:
-        return container_targets(self)
-
-
-def _gated(x: torch.Tensor, gate: torch.Tensor | None) -> torch.Tensor:
-    return x if gate is None else x * gate.tanh()
+def _layer(config: MllamaVisionConfig, is_gated: bool, dtype: torch.dtype, device: torch.device) -> Layer:
+    names, size = ("input_layernorm", "post_attention_layernorm"), config.hidden_size
+    return Layer(
+        size,
+        config.num_heads,
+        config.mlp_size,
+        norms={name: layer_norm(size, config.norm_eps, dtype=dtype, device=device) for name in names},
+        proj="self_attn.o_proj",
+        attention_bias=False,
+        is_gated=is_gated,
+        activation=config.activation,
+        dtype=dtype,
+        device=device,
+    )

@@ -1,30 +1,27 @@
-"""The tower of Qwen2-VL and Qwen2.5-VL: one image's patches to features of the decoder's width.
+"""The tower of Qwen2-VL and Qwen2.5-VL: patches of one or several images to features of the decoder's width.
 
-Called by families/qwen2_vl.py, which plans the grid. The two differ by data: norms and MLP, and in Qwen2.5-VL most
+Called by families/qwen2_vl.py, which plans the grids. The two differ by data: norms and MLP, and in Qwen2.5-VL most
 layers attend within windows, so its patches travel in window order and the features are put back at the end.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
 from torch import nn
 
 from lightvl.attention.base import EncoderAttention
-from lightvl.models.linear import Linear
-from lightvl.models.load import Target
-from lightvl.models.rope import apply_rope
+from lightvl.images.transforms import Grid
 from lightvl.models.vision.config import QwenVisionConfig
 from lightvl.models.vision.vit import (
     MLP,
+    Layer,
     PatchEmbedding,
     RMSNorm,
-    container_targets,
-    head_pieces,
+    WithinSegments,
     layer_norm,
-    pauses_after,
     row_chunks,
 )
 
@@ -43,83 +40,53 @@ class QwenTower(nn.Module):
             dtype=dtype,
             device=device,
         )
-        self._blocks_in_order = [_Block(config, dtype=dtype, device=device) for _ in range(config.num_layers)]
-        self.blocks = nn.ModuleList(self._blocks_in_order)
+        self._layers_in_order = [_layer(config, dtype, device) for _ in range(config.num_layers)]
+        self.blocks = nn.ModuleList(self._layers_in_order)
         self.merger = _Merger(config, dtype=dtype, device=device)
 
     def encode(
-        self, patches: torch.Tensor, high: int, wide: int, attention: EncoderAttention
+        self, patches: torch.Tensor, grids: Sequence[Grid], attention: EncoderAttention
     ) -> Iterator[torch.Tensor | None]:
-        """`patches` (high * wide, patch * patch * 3) uint8, in squares of merge x merge as `transforms.patchify` gives
-        them. Yields None several times a layer, at last (high * wide / merge**2, out_size)."""
+        """`patches` (all images' patches, patch * patch * 3) uint8, image after image, each in squares of merge x merge
+        as `transforms.patchify` gives them; `grids`: (high, wide) of each, in patches. Yields None several times a
+        layer, at last (patches / merge**2, out_size), image after image."""
         config, per_token = self._config, self._config.merge**2
-        order, window_lens = window_order(high // config.merge, wide // config.merge, config.window)
+        order, window_lens = _order_of_all(grids, config)
         order = order.to(self._device)
         patches = patches.to(self._device)
         if config.window:  # bytes are the cheapest thing to reorder
             patches = patches.view(len(order), -1)[order].view(len(patches), -1)
         x = self.patch_embed(patches)
-        positions = patch_positions(high, wide, config.merge).to(self._device)
+        positions = torch.cat([patch_positions(high, wide, config.merge) for high, wide in grids]).to(self._device)
         positions = positions.view(len(order), per_token, 2)[order].view(-1, 2)
-        cos, sin = rope_table(positions, config.hidden_size // config.num_heads, config.rope_theta)
-        window_lens = [tokens * per_token for tokens in window_lens]
-        for layer_idx, block in enumerate(self._blocks_in_order):
-            whole = not config.window or layer_idx in config.full_attention_layers
-            yield from block.attend(x, cos, sin, [len(x)] if whole else window_lens, attention)
-            yield from block.feed_forward(x)
-        features: torch.Tensor = self.merger(x)
-        yield features[order.argsort()]
+        rope = rope_table(positions, config.hidden_size // config.num_heads, config.rope_theta)
+        in_image = WithinSegments([high * wide for high, wide in grids], attention)
+        in_window = WithinSegments([tokens * per_token for tokens in window_lens], attention)
+        for layer_idx, layer in enumerate(self._layers_in_order):
+            is_whole = not config.window or layer_idx in config.full_attention_layers
+            yield from layer.steps(x, in_image if is_whole else in_window, rope)
+        tokens = x.view(len(order), per_token, -1)
+        features = x.new_empty(len(order), config.out_size)
+        for rows in row_chunks(tokens):
+            features[order[rows]] = self.merger(tokens[rows])
+            yield None
+        yield features
 
 
-class _Block(nn.Module):
-    def __init__(self, config: QwenVisionConfig, *, dtype: torch.dtype, device: torch.device) -> None:
-        super().__init__()
-        size = config.hidden_size
-        self._num_heads = config.num_heads
-        self.norm1 = _norm(config, dtype, device)
-        self.norm2 = _norm(config, dtype, device)
-        self.qkv = Linear(size, {"attn.qkv": 3 * size}, bias=True, dtype=dtype, device=device)
-        self.proj = Linear(size, {"attn.proj": size}, bias=True, dtype=dtype, device=device)
-        self.mlp = MLP(
-            size,
-            config.mlp_size,
-            size,
-            ups=("gate_proj", "up_proj") if config.gated_mlp else ("fc1",),
-            down="down_proj" if config.gated_mlp else "fc2",
-            activation=config.activation,
-            dtype=dtype,
-            device=device,
-        )
-
-    def attend(
-        self, x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, seg_lens: list[int], attention: EncoderAttention
-    ) -> Iterator[None]:
-        """Add attention's part to x (N, size), in place, in bounded pieces."""
-        num_turned = 2 * self._num_heads  # q and k
-        qkv = x.new_empty(len(x), 3 * self._num_heads, x.shape[-1] // self._num_heads)
-        for rows in row_chunks(x):
-            part = self.qkv(self.norm1(x[rows])).view(-1, *qkv.shape[1:])
-            qkv[rows, :num_turned] = apply_rope(part[:, :num_turned], cos[rows], sin[rows])
-            qkv[rows, num_turned:] = part[:, num_turned:]
-            if pauses_after(rows):
-                yield
-        q, k, v = qkv.chunk(3, 1)
-        attended = torch.empty_like(q, memory_format=torch.contiguous_format)
-        for heads in head_pieces(q, sum(seg_len**2 for seg_len in seg_lens)):
-            attended[:, heads] = attention(q[:, heads], k[:, heads], v[:, heads], seg_lens)
-            yield
-        x += self.proj(attended.flatten(1))
-
-    def feed_forward(self, x: torch.Tensor) -> Iterator[None]:
-        """Add the MLP's part to x, in place, in bounded pieces."""
-        for rows in row_chunks(x):
-            x[rows] += self.mlp(self.norm2(x[rows]))
-            if pauses_after(rows):
-                yield
-        yield
-
-    def weight_targets(self) -> dict[str, Target]:
-        return container_targets(self)
+def _layer(config: QwenVisionConfig, dtype: torch.dtype, device: torch.device) -> Layer:
+    return Layer(
+        config.hidden_size,
+        config.num_heads,
+        config.mlp_size,
+        norms={name: _norm(config, dtype, device) for name in ("norm1", "norm2")},
+        qkv=("attn.qkv",),
+        proj="attn.proj",
+        ups=("gate_proj", "up_proj") if config.gated_mlp else ("fc1",),
+        down="down_proj" if config.gated_mlp else "fc2",
+        activation=config.activation,
+        dtype=dtype,
+        device=device,
+    )
 
 
 class _Merger(nn.Module):
@@ -134,6 +101,7 @@ class _Merger(nn.Module):
         )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """(tokens, merge**2, hidden_size) to (tokens, out_size)."""
         out: torch.Tensor = self.mlp(self.ln_q(x).view(-1, self._size))
         return out
 
@@ -158,6 +126,17 @@ def rope_table(positions: torch.Tensor, head_dim: int, theta: float) -> tuple[to
     angles = (positions[..., None].float() * theta**-exponents).flatten(1)  # (N, head_dim / 2)
     cos, sin = angles.cos(), angles.sin()
     return torch.cat((cos, cos), -1)[:, None], torch.cat((-sin, sin), -1)[:, None]
+
+
+def _order_of_all(grids: Sequence[Grid], config: QwenVisionConfig) -> tuple[torch.Tensor, list[int]]:
+    """`window_order` of each image's tokens, one image behind the other."""
+    orders, lens, begin = [], [], 0
+    for high, wide in grids:
+        order, window_lens = window_order(high // config.merge, wide // config.merge, config.window)
+        orders.append(order + begin)
+        lens += window_lens
+        begin += len(order)
+    return torch.cat(orders), lens
 
 
 def window_order(high: int, wide: int, window: int) -> tuple[torch.Tensor, list[int]]:

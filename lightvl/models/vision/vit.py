@@ -1,4 +1,4 @@
-"""What vision towers are made of: patch embedding from bytes, 2-D rope, RMS norm, MLPs, attention of unequal lengths.
+"""What vision towers are made of: patch embedding from bytes, norms, MLPs, and the layer that they all stack.
 
 Used by the towers beside it. Knows no checkpoint layout but for one rule: the pieces of a `Linear` carry their name
 relative to the module that holds it (`"attn.qkv"`), and `container_targets` leaves the attribute's own name out.
@@ -6,19 +6,18 @@ relative to the module that holds it (`"attn.qkv"`), and `container_targets` lea
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import cast
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Protocol, cast
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
+from lightvl.attention.base import EncoderAttention
 from lightvl.models.linear import Linear
 from lightvl.models.load import Target, module_targets
+from lightvl.models.rope import apply_rope
 from lightvl.models.vision.config import Activation, PixelConfig
-
-QUERY_CHUNK = 512
-"""Queries per attention matmul: their scores over a few thousand keys stay in a CPU's cache."""
 
 MIDDLE_BYTE = 128
 """Taken from every byte before the patch embedding, so that less cancels out in its sums."""
@@ -173,19 +172,91 @@ def head_pieces(q: torch.Tensor, num_scores: int) -> list[slice]:
     return [slice(begin, begin + size) for begin in range(0, q.shape[1], size)]
 
 
-def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
-    """Every query over every key: q (Nq, H, D), k and v (Nk, H, D), to (Nq, H, D). Scale D ** -0.5.
+class Attend(Protocol):
+    """Who attends to whom, in all layers of one kind: q, k, v (N, some heads, D) to (N, some heads, D)."""
 
-    `EncoderAttention` for unequal lengths, as mllama's padding needs it."""
-    if q.device.type != "cpu":
-        q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))
-        return F.scaled_dot_product_attention(q, k, v)[0].transpose(0, 1)
-    # one head's keys and values together, or every matmul would gather them again
-    q, k, v = (x.transpose(0, 1).contiguous() for x in (q, k, v))
-    out = torch.empty_like(q)
-    for queries, keys, values, into in zip(q, k, v, out, strict=True):
-        for begin in range(0, len(queries), QUERY_CHUNK):
-            rows = slice(begin, begin + QUERY_CHUNK)
-            scores = torch.addmm(q.new_empty(1), queries[rows], keys.T, beta=0, alpha=q.shape[-1] ** -0.5)
-            torch.mm(scores.softmax(-1), values, out=into[rows])
-    return out.transpose(0, 1)
+    num_scores: int  # of one head
+
+    def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor: ...
+
+
+class WithinSegments:
+    """Every row attends to the rows of its own segment."""
+
+    def __init__(self, seg_lens: list[int], attention: EncoderAttention) -> None:
+        self._seg_lens, self._attention = seg_lens, attention
+        self.num_scores = sum(seg_len**2 for seg_len in seg_lens)
+
+    def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        return self._attention(q, k, v, self._seg_lens)
+
+
+class Layer(nn.Module):
+    """`x += attention(norm(x))`, then `x += mlp(norm(x))`, each by a gate of its own where `is_gated`."""
+
+    def __init__(
+        self,
+        size: int,
+        num_heads: int,
+        mlp_size: int,
+        *,
+        norms: Mapping[str, nn.Module],
+        qkv: Sequence[str] = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+        proj: str,
+        attention_bias: bool = True,
+        is_gated: bool = False,
+        ups: tuple[str, ...] = ("fc1",),
+        down: str = "fc2",
+        activation: Activation,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        """Names are the checkpoint's: `norms`, `qkv` (one weight or three), `proj`; `ups` and `down` as in `MLP`."""
+        super().__init__()
+        self._num_heads = num_heads
+        self._norms = tuple(norms.values())
+        for name, norm in norms.items():
+            self.add_module(name, norm)
+        self.qkv = Linear(
+            size, dict.fromkeys(qkv, 3 * size // len(qkv)), bias=attention_bias, dtype=dtype, device=device
+        )
+        self.proj = Linear(size, {proj: size}, bias=attention_bias, dtype=dtype, device=device)
+        self.mlp = MLP(size, mlp_size, size, ups=ups, down=down, activation=activation, dtype=dtype, device=device)
+        self.gate_attn = parameter(1, dtype=dtype, device=device) if is_gated else None
+        self.gate_ffn = parameter(1, dtype=dtype, device=device) if is_gated else None
+
+    def steps(
+        self, x: torch.Tensor, attend: Attend, rope: tuple[torch.Tensor, torch.Tensor] | None = None
+    ) -> Iterator[None]:
+        """Advance x (N, size) in place, in bounded pieces. `rope`: cos and sin (N, 1, D), to turn q and k by."""
+        norm1, norm2 = self._norms
+        num_turned = 2 * self._num_heads
+        qkv = x.new_empty(len(x), 3 * self._num_heads, x.shape[-1] // self._num_heads)
+        for rows in row_chunks(x):
+            part = self.qkv(norm1(x[rows])).view(-1, *qkv.shape[1:])
+            if rope is None:
+                qkv[rows] = part
+            else:
+                cos, sin = rope
+                qkv[rows, :num_turned] = apply_rope(part[:, :num_turned], cos[rows], sin[rows])
+                qkv[rows, num_turned:] = part[:, num_turned:]
+            if pauses_after(rows):
+                yield
+        q, k, v = qkv.chunk(3, 1)
+        attended = torch.empty_like(q, memory_format=torch.contiguous_format)
+        for heads in head_pieces(q, attend.num_scores):
+            attended[:, heads] = attend(q[:, heads], k[:, heads], v[:, heads])
+            yield
+        x += _gated(self.proj(attended.flatten(1)), self.gate_attn)
+        for rows in row_chunks(x):
+            x[rows] += _gated(self.mlp(norm2(x[rows])), self.gate_ffn)
+            if pauses_after(rows):
+                yield
+        yield
+
+    def weight_targets(self) -> dict[str, Target]:
+        return container_targets(self)
+
+
+def _gated(x: torch.Tensor, gate: torch.Tensor | None) -> torch.Tensor:
+    return x if gate is None else x * gate.tanh()
