@@ -118,7 +118,7 @@ class Dense:
             q_lens=[num for _, num in rows],
             kv_lens=kv_lens,
             slots=torch.tensor(slots, device=self.device),
-            page_table=torch.tensor(table, device=self.device),
+            page_table=torch.tensor(table),
         )
 
 
@@ -168,7 +168,7 @@ def cross_pairs(
         q_lens=[7, 1, 9],
         kv_lens=[7, 1, 9],
         slots=torch.arange(17, device=device),
-        page_table=torch.arange(9, device=device).view(3, 3) % 8,
+        page_table=torch.arange(9).view(3, 3) % 8,
     )
     inputs.cross = CrossInputs(spans, torch.zeros(17, 1, device=device))
     backend.prepare(inputs)

@@ -7,17 +7,23 @@ sequences; where K,V live is the attention backend's business. T tokens, H query
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch.nn import functional as F
 
-from lightvl.attention.base import AttentionBackend, StepInputs
+from lightvl.attention.base import AttentionBackend, StepAttention, StepInputs
+from lightvl.attention.ops import Ops, RopeTable, ops_for
 from lightvl.models.config import DecoderConfig
 from lightvl.models.linear import Linear
 from lightvl.models.load import Target, WeightPart
-from lightvl.models.rope import Rope, apply_rope
+from lightvl.models.rope import Rope
 
 NAMES = (r"(?:model\.language_model|language_model\.model|model)\.(.+)", r"(?:language_model\.)?(lm_head\.weight)")
 """Where checkpoints keep the decoder: transformers 5 in memory, published nested, flat and original LLaVA."""
+
+_linear = functools.partial(Linear, few_rows=True)
+"""Decode steps bring one row for each sequence."""
 
 
 class Vector:
@@ -35,62 +41,70 @@ def _copy(to: torch.Tensor, source: torch.Tensor) -> None:
 
 
 class RMSNorm:
-    """Over the last dimension; float32 inside, rounded before the weight, as transformers does. (torch's own rms_norm
-    takes 2 to 20 times as long for a chunk on a CPU.)"""
+    """Over the last dimension; float32 inside."""
 
-    def __init__(self, size: int, eps: float, dtype: torch.dtype, device: torch.device) -> None:
-        self.weight, self._eps, self._size = Vector(size, dtype, device), eps, size
+    def __init__(self, size: int, eps: float, ops: Ops, dtype: torch.dtype, device: torch.device) -> None:
+        self.weight, self._eps, self._ops = Vector(size, dtype, device), eps, ops
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        wide = x.float()
-        norm: torch.Tensor = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
-        scale = norm.square_().mul_(1 / self._size).add_(self._eps).rsqrt_()
-        return (wide * scale).to(x.dtype).mul_(self.weight.value)
+        return self._ops.rms_norm(x, self.weight.value, self._eps)
+
+    def after(self, branch: torch.Tensor | None, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """(norm of x + branch, x + branch): a sublayer's branch is added by the next one's norm. Overwrites both.
+        None before the first sublayer."""
+        if branch is None:
+            return self(x), x
+        return self._ops.add_rms_norm(branch, x, self.weight.value, self._eps)
 
 
 class MLP:
     """SwiGLU."""
 
-    def __init__(self, config: DecoderConfig, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, config: DecoderConfig, ops: Ops, dtype: torch.dtype, device: torch.device) -> None:
+        self._ops = ops
         hidden, size = config.hidden_size, config.intermediate_size
-        self._gate_up = Linear(hidden, {"gate_proj": size, "up_proj": size}, bias=False, dtype=dtype, device=device)
-        self._down = Linear(size, {"down_proj": hidden}, bias=False, dtype=dtype, device=device)
+        self._gate_up = _linear(hidden, {"gate_proj": size, "up_proj": size}, bias=False, dtype=dtype, device=device)
+        self._down = _linear(size, {"down_proj": hidden}, bias=False, dtype=dtype, device=device)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        gate, up = self._gate_up.forward(x).chunk(2, -1)
-        return self._down.forward(F.silu(gate).mul_(up))
+        return self._down.forward(self._ops.silu_and_mul(self._gate_up.forward(x)))
 
     def weight_targets(self) -> dict[str, Target]:
         return self._gate_up.weight_targets() | self._down.weight_targets()
 
 
 class SelfLayer:
-    """`self_idx` counts the self-attention layers: the backend's layer index."""
+    """`self_idx` counts the self-attention layers: the backend's layer index.
 
-    def __init__(self, config: DecoderConfig, self_idx: int, dtype: torch.dtype, device: torch.device) -> None:
+    A layer takes x and the branch of the layer before it, which is not added yet, and returns the same two."""
+
+    def __init__(
+        self, config: DecoderConfig, self_idx: int, ops: Ops, dtype: torch.dtype, device: torch.device
+    ) -> None:
         self._idx, self._num_heads, self._num_kv_heads = self_idx, config.num_heads, config.num_kv_heads
-        self._dim = config.head_dim
+        self._dim, self._ops = config.head_dim, ops
         q_size, kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
         pieces = {"q_proj": q_size, "k_proj": kv_size, "v_proj": kv_size}
-        self._qkv = Linear(config.hidden_size, pieces, bias=config.qkv_bias, dtype=dtype, device=device)
-        self._out = Linear(q_size, {"o_proj": config.hidden_size}, bias=False, dtype=dtype, device=device)
-        self._attention_norm = RMSNorm(config.hidden_size, config.rms_eps, dtype, device)
-        self._mlp_norm = RMSNorm(config.hidden_size, config.rms_eps, dtype, device)
-        self._mlp = MLP(config, dtype, device)
+        self._qkv = _linear(config.hidden_size, pieces, bias=config.qkv_bias, dtype=dtype, device=device)
+        self._out = _linear(q_size, {"o_proj": config.hidden_size}, bias=False, dtype=dtype, device=device)
+        self._attention_norm = RMSNorm(config.hidden_size, config.rms_eps, ops, dtype, device)
+        self._mlp_norm = RMSNorm(config.hidden_size, config.rms_eps, ops, dtype, device)
+        self._mlp = MLP(config, ops, dtype, device)
 
     def __call__(
         self,
+        branch: torch.Tensor | None,
         x: torch.Tensor,
-        rope: tuple[torch.Tensor, torch.Tensor],
+        rope: RopeTable,
         inputs: StepInputs,
-        attention: AttentionBackend,
-    ) -> torch.Tensor:
-        heads = self._qkv.forward(self._attention_norm(x)).view(len(x), -1, self._dim)  # (T, H + 2 G, D)
-        num_turned = self._num_heads + self._num_kv_heads
-        turned, v = apply_rope(heads[:, :num_turned], *rope), heads[:, num_turned:]
-        q, k = turned[:, : self._num_heads], turned[:, self._num_heads :]
-        x = x + self._out.forward(attention.attend(self._idx, q, k, v, inputs))
-        return x + self._mlp(self._mlp_norm(x))
+        attention: StepAttention,
+    ) -> tuple[torch.Tensor | None, torch.Tensor]:
+        normed, x = self._attention_norm.after(branch, x)
+        heads = self._qkv.forward(normed).view(len(x), -1, self._dim)  # (T, H + 2 G, D)
+        q, k, v = self._ops.rope(heads, self._num_heads, self._num_kv_heads, rope)
+        attended = self._out.forward(attention.attend(self._idx, q, k, v, inputs))
+        normed, x = self._mlp_norm.after(attended, x)
+        return self._mlp(normed), x
 
     def weight_targets(self) -> dict[str, Target]:
         return {
@@ -108,34 +122,38 @@ class CrossLayer:
     multiplied by zero (Meta's rule; transformers does only the second).
     """
 
-    def __init__(self, config: DecoderConfig, cross_idx: int, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(
+        self, config: DecoderConfig, cross_idx: int, ops: Ops, dtype: torch.dtype, device: torch.device
+    ) -> None:
         self._idx, self._dim = cross_idx, config.head_dim
         q_size, kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
         hidden = config.hidden_size
-        self._q = Linear(hidden, {"q_proj": q_size}, bias=False, dtype=dtype, device=device)
+        self._q = _linear(hidden, {"q_proj": q_size}, bias=False, dtype=dtype, device=device)
         self._kv = Linear(hidden, {"k_proj": kv_size, "v_proj": kv_size}, bias=False, dtype=dtype, device=device)
-        self._out = Linear(q_size, {"o_proj": hidden}, bias=False, dtype=dtype, device=device)
-        self._q_norm = RMSNorm(config.head_dim, config.rms_eps, dtype, device)
-        self._k_norm = RMSNorm(config.head_dim, config.rms_eps, dtype, device)
-        self._attention_norm = RMSNorm(hidden, config.rms_eps, dtype, device)
-        self._mlp_norm = RMSNorm(hidden, config.rms_eps, dtype, device)
+        self._out = _linear(q_size, {"o_proj": hidden}, bias=False, dtype=dtype, device=device)
+        self._q_norm = RMSNorm(config.head_dim, config.rms_eps, ops, dtype, device)
+        self._k_norm = RMSNorm(config.head_dim, config.rms_eps, ops, dtype, device)
+        self._attention_norm = RMSNorm(hidden, config.rms_eps, ops, dtype, device)
+        self._mlp_norm = RMSNorm(hidden, config.rms_eps, ops, dtype, device)
         self._attention_gate = Vector(1, dtype, device)
         self._mlp_gate = Vector(1, dtype, device)
-        self._mlp = MLP(config, dtype, device)
+        self._mlp = MLP(config, ops, dtype, device)
 
     def __call__(
         self,
+        branch: torch.Tensor | None,
         x: torch.Tensor,
-        rope: tuple[torch.Tensor, torch.Tensor],
+        rope: RopeTable,
         inputs: StepInputs,
-        attention: AttentionBackend,
-    ) -> torch.Tensor:
+        attention: StepAttention,
+    ) -> tuple[torch.Tensor | None, torch.Tensor]:
         if inputs.cross is None:
-            return x
-        q = self._q_norm(self._q.forward(self._attention_norm(x)).view(len(x), -1, self._dim))
+            return branch, x
+        normed, x = self._attention_norm.after(branch, x)
+        q = self._q_norm(self._q.forward(normed).view(len(x), -1, self._dim))
         seen = self._out.forward(attention.cross_attend(self._idx, q, inputs))
-        x = x + self._attention_gate.value.tanh() * seen
-        return x + self._mlp_gate.value.tanh() * (inputs.cross.sees_image * self._mlp(self._mlp_norm(x)))
+        normed, x = self._mlp_norm.after(self._attention_gate.value.tanh() * seen, x)
+        return self._mlp_gate.value.tanh() * (inputs.cross.sees_image * self._mlp(normed)), x
 
     def write(self, features: torch.Tensor, pages: tuple[int, ...], attention: AttentionBackend) -> None:
         k, v = self._kv.forward(features).view(len(features), -1, self._dim).chunk(2, 1)
@@ -160,19 +178,20 @@ class Decoder:
     def __init__(self, config: DecoderConfig, dtype: torch.dtype, device: torch.device) -> None:
         self.config, self.dtype = config, dtype
         self._embedding = torch.empty(config.embedding_rows, config.hidden_size, dtype=dtype, device=device)
-        self._rope = Rope(config, device)
+        ops = ops_for(device)
+        self._rope = Rope(config, device, ops)
         self._layers: list[SelfLayer | CrossLayer] = []
         self._cross_layers: list[CrossLayer] = []
         for layer_idx in range(config.num_layers):
             if layer_idx in config.cross_layers:
-                self._cross_layers.append(CrossLayer(config, len(self._cross_layers), dtype, device))
+                self._cross_layers.append(CrossLayer(config, len(self._cross_layers), ops, dtype, device))
                 self._layers.append(self._cross_layers[-1])
             else:
-                self._layers.append(SelfLayer(config, layer_idx - len(self._cross_layers), dtype, device))
-        self._norm = RMSNorm(config.hidden_size, config.rms_eps, dtype, device)
-        self._head = Linear(config.hidden_size, {"lm_head": config.vocab_size}, bias=False, dtype=dtype, device=device)
+                self._layers.append(SelfLayer(config, layer_idx - len(self._cross_layers), ops, dtype, device))
+        self._norm = RMSNorm(config.hidden_size, config.rms_eps, ops, dtype, device)
+        self._head = _linear(config.hidden_size, {"lm_head": config.vocab_size}, bias=False, dtype=dtype, device=device)
 
-    def forward(self, inputs: StepInputs, attention: AttentionBackend) -> torch.Tensor | None:
+    def forward(self, inputs: StepInputs, attention: StepAttention) -> torch.Tensor | None:
         """Logits (S, vocab_size) in the model's dtype, for the tokens of `logits_idx`; None when none are wanted.
         The backend must have been prepared for these inputs."""
         # An image token may lie beyond the embedding (original LLaVA): its row is replaced by a feature.
@@ -180,11 +199,14 @@ class Decoder:
         for feature in inputs.features:
             x[feature.start : feature.start + len(feature.rows)] = feature.rows
         rope = self._rope.table(inputs.positions)
+        branch: torch.Tensor | None = None
         for layer in self._layers:
-            x = layer(x, rope, inputs, attention)
+            branch, x = layer(branch, x, rope, inputs, attention)
         if inputs.logits_idx is None:
             return None
-        return self._head.forward(self._norm(x[inputs.logits_idx]))
+        branch = None if branch is None else branch[inputs.logits_idx]
+        normed, _ = self._norm.after(branch, x[inputs.logits_idx])
+        return self._head.forward(normed)
 
     def write_cross(self, features: torch.Tensor, pages: tuple[int, ...], attention: AttentionBackend) -> None:
         """Project an image's features (len(pages) * cross_page_len, hidden) to K,V of every cross layer, once."""

@@ -7,13 +7,18 @@ import math
 
 import torch
 
+from lightvl.attention.ops import Ops, RopeTable, TorchOps, apply_rope
 from lightvl.models.config import DecoderConfig, RopeScaling
+
+__all__ = ["Rope", "apply_rope"]
+TORCH_OPS = TorchOps()
 
 
 class Rope:
     """Made once for a decoder; called once per step, before the layers."""
 
-    def __init__(self, config: DecoderConfig, device: torch.device) -> None:
+    def __init__(self, config: DecoderConfig, device: torch.device, ops: Ops = TORCH_OPS) -> None:
+        self._ops = ops
         exponents = torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim
         inv_freq = 1.0 / (config.rope_theta**exponents)
         self._amplitude = 1.0
@@ -23,23 +28,13 @@ class Rope:
         axes = [axis % 3 for axis, num in enumerate(config.mrope_section or ()) for _ in range(num)]
         self._axis_idx = torch.tensor(axes, dtype=torch.int64, device=device)  # (D / 2,): t, h or w
 
-    def table(self, positions: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """cos and sin, each (T, 1, head_dim) float32, for positions (T,), or (3, T) with M-RoPE. The sine's first
-        half is negated, as `apply_rope` wants it."""
+    def table(self, positions: torch.Tensor) -> RopeTable:
+        """For positions (T,), or (3, T) with M-RoPE: what `Ops.rope` takes."""
         if positions.dim() == 2:
             angles = positions[self._axis_idx].T.float() * self._inv_freq  # (T, D / 2)
         else:
             angles = positions[:, None].float() * self._inv_freq
-        cos, sin = angles.cos() * self._amplitude, angles.sin() * self._amplitude
-        return torch.cat((cos, cos), -1)[:, None], torch.cat((-sin, sin), -1)[:, None]
-
-
-def apply_rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotate all heads of x (T, heads, head_dim), q and k together, in float32; returns x's dtype, contiguous."""
-    wide = x.float()
-    half = x.shape[-1] // 2
-    turned = torch.cat((wide[..., half:], wide[..., :half]), -1)
-    return torch.addcmul(turned.mul_(sin), wide, cos).to(x.dtype)
+        return self._ops.rope_table(angles.cos() * self._amplitude, angles.sin() * self._amplitude)
 
 
 def _scale(inv_freq: torch.Tensor, theta: float, scaling: RopeScaling) -> tuple[torch.Tensor, float]:

@@ -1,0 +1,47 @@
+"""`ops.Ops` with flashinfer's fused kernels: float16 and bfloat16, on the current stream, fit for CUDA graphs.
+
+Made by `ops.ops_for` when a decoder is built. Every kernel wants the last dimension contiguous; rows may be strided.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from lightvl.attention.cuda_library import flashinfer
+from lightvl.attention.ops import RopeTable
+
+
+class FlashinferOps:
+    def __init__(self) -> None:
+        library = flashinfer()
+        self._rmsnorm = library.rmsnorm
+        self._fused_add_rmsnorm = library.fused_add_rmsnorm
+        self._silu_and_mul = library.silu_and_mul
+        self._apply_rope = library.apply_rope_with_cos_sin_cache_inplace
+
+    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        out: torch.Tensor = self._rmsnorm(x, weight, eps)
+        return out
+
+    def add_rms_norm(
+        self, branch: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, eps: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        self._fused_add_rmsnorm(branch, x, weight, eps)  # x += branch, branch = norm(x)
+        return branch, x
+
+    def silu_and_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self._silu_and_mul(gate_up)
+        return out
+
+    def rope_table(self, cos: torch.Tensor, sin: torch.Tensor) -> RopeTable:
+        """The kernel looks a token's angles up by its position: here a token's position is its own row of the step's
+        table, so that M-RoPE is the same kernel. (T,) int32 and (T, D) float32, cos then sin."""
+        return torch.arange(len(cos), dtype=torch.int32, device=cos.device), torch.cat((cos, sin), -1)
+
+    def rope(
+        self, heads: torch.Tensor, num_heads: int, num_kv_heads: int, table: RopeTable
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        q, k, v = torch.split(heads, [num_heads, num_kv_heads, num_kv_heads], 1)
+        rows, cos_sin = table
+        self._apply_rope(rows, q, k, heads.shape[-1], cos_sin, True)
+        return q, k, v
