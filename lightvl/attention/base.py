@@ -111,6 +111,14 @@ class FixedDecode(StepAttention, Protocol):
 class EncoderAttention(Protocol):
     """Full (non-causal) attention inside each of several consecutive segments, for vision towers."""
 
-    def __call__(self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, seg_lens: list[int]) -> torch.Tensor:
-        """q, k, v (N, H, D), N = sum(seg_lens). Returns (N, H, D). Scale D ** -0.5."""
+    def __call__(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        seg_lens: list[int],
+        kv_lens: list[int] | None = None,
+    ) -> torch.Tensor:
+        """q (N, H, D), N = sum(seg_lens); k, v (M, H, D), M = sum(kv_lens): the queries of a segment attend to its own
+        keys. `kv_lens` None: as `seg_lens`; else a segment may have no queries. Returns (N, H, D). Scale D ** -0.5."""
         ...
