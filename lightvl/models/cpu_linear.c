@@ -81,8 +81,8 @@ INLINE void strip(const int num_x, const bf16 *w, const bf16 *x, const bf16 *bia
 }
 
 TARGET static void block(const bf16 *w, const bf16 *x, const bf16 *bias, bf16 *y, long m, long k, long n, long rows) {
-    while (m > 0) {
-        long num_x = m < MAX_X ? m : MAX_X;
+    for (long tiles = (m + MAX_X - 1) / MAX_X; tiles > 0; tiles--) {
+        long num_x = (m + tiles - 1) / tiles; /* of equal size: one row alone would read all of W again */
         switch (num_x) {
         case 1: strip(1, w, x, bias, y, k, n, rows); break;
         case 2: strip(2, w, x, bias, y, k, n, rows); break;

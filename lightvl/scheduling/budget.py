@@ -24,6 +24,7 @@ def attended_pairs(start: int, num_tokens: int) -> float:
 @dataclass(slots=True)
 class PrefillBudget:
     decode_s: float = 0.0  # a step of decode rows alone
+    num_decodes: int = 0  # most rows that a step had which `decode_s` was learned from
     token_s: float = 0.0  # c0
     pair_s: float = 0.0  # c1
     _pp: float = 0.0
@@ -35,6 +36,10 @@ class PrefillBudget:
     @property
     def is_known(self) -> bool:
         return self._pp > 0.0
+
+    def knows_decodes(self, num_decodes: int) -> bool:
+        """Whether `decode_s` tells something about a step of so many rows."""
+        return num_decodes <= 2 * self.num_decodes
 
     def seconds(self, start: int, num_tokens: int) -> float:
         return self.token_s * num_tokens + self.pair_s * attended_pairs(start, num_tokens)
@@ -52,10 +57,14 @@ class PrefillBudget:
 
     def record(self, num_decodes: int, num_tokens: int, num_pairs: float, rows_s: float) -> None:
         """A completed step: its decode rows, and the tokens and attended pairs of its chunks."""
-        if rows_s <= 0.0:
-            return
         if not num_tokens:
-            self.decode_s = FADE * self.decode_s + (1 - FADE) * rows_s if self.decode_s else rows_s
+            if not num_decodes:
+                return
+            fade = FADE if self.decode_s and self.knows_decodes(num_decodes) else 0.0
+            self.decode_s = fade * self.decode_s + (1 - fade) * rows_s
+            self.num_decodes = max(self.num_decodes, num_decodes)
+            return
+        if rows_s <= 0.0:
             return
         y = max(rows_s - (self.decode_s if num_decodes else 0.0), 0.1 * rows_s)
         p, a = float(num_tokens), num_pairs

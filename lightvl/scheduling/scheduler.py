@@ -29,7 +29,7 @@ from lightvl.scheduling.radix_cache import RadixCache
 from lightvl.scheduling.rows import cross_views, overlapping
 from lightvl.scheduling.sequence import Sequence, SequenceState
 
-MIN_CHUNK_SHARE = 2.0  # of the time of decode rows: on a large model prefill must not starve beside its streams
+MIN_CHUNK_SHARE = 3.0  # of the time of decode rows: on a large model prefill must not starve beside its streams
 MIN_CHUNK = 16  # tokens of prefill in a step whatever the time budget says, so that prompts always advance
 IDLE_ENCODE_FACTOR = 4  # encode budget where no stream waits for the step
 
@@ -248,6 +248,8 @@ class Scheduler:
         tokens_left, seconds_left = limits.chunk_tokens, float("inf")
         floor = min(max(MIN_CHUNK, limits.page_size), limits.chunk_tokens)  # one chunk at least, whatever it costs
         if self._streams_run():
+            if not self.budget.knows_decodes(draft.num_decodes):
+                return  # a step without chunks tells
             decode_s = self.budget.decode_s
             seconds_left = max(limits.step_budget_s - decode_s, MIN_CHUNK_SHARE * decode_s)
             if not self.budget.is_known:

@@ -41,6 +41,18 @@ def test_decode_steps_are_told_apart() -> None:
     assert budget.tokens_within(0.1, 0) == pytest.approx(100, rel=0.05)
 
 
+def test_knows_what_a_step_of_streams_takes_until_they_double() -> None:
+    budget = PrefillBudget()
+    assert budget.knows_decodes(0) and not budget.knows_decodes(1)
+    budget.record(0, 0, 0.0, 0.0)  # a step without rows
+    assert not budget.knows_decodes(1)
+    budget.record(2, 0, 0.0, 0.05)
+    assert budget.knows_decodes(4) and not budget.knows_decodes(5)
+    budget.record(5, 0, 0.0, 0.2)
+    assert budget.decode_s == 0.2, "what two rows took says nothing about five"
+    assert budget.knows_decodes(10)
+
+
 def test_one_slow_small_step_does_not_matter_for_long() -> None:
     budget = PrefillBudget()
     budget.record(0, 16, attended_pairs(0, 16), 2.0)  # a first step, with everything cold

@@ -268,6 +268,7 @@ def test_decode_rows_come_first_and_prefill_shares_the_step() -> None:
     first = submit(engine, text((0, 4)), SamplingParams(max_tokens=30))
     step(engine)
     second, third = submit(engine, text((100, 5))), submit(engine, text((200, 9)))
+    assert [row.sequence for row in step(engine).rows] == [first], "what a step of streams alone takes is not known yet"
     plan = step(engine)
     assert [row.sequence for row in plan.rows] == [first, second, third]
     assert [row.len for row in plan.rows] == [1, 5, 3]
