@@ -190,6 +190,7 @@ def cross_pairs(
 def encoder_pair(
     attention: EncoderAttention,
     seg_lens: list[int],
+    kv_lens: list[int] | None = None,
     *,
     heads: int,
     dim: int,
@@ -197,9 +198,14 @@ def encoder_pair(
     device: str = "cpu",
 ) -> Pair:
     torch.manual_seed(len(seg_lens))
-    q, k, v = torch.randn(sum(seg_lens), 3, heads, dim).to(device, dtype).unbind(1)
-    parts = zip(*(x.split(seg_lens) for x in (q, k, v)), strict=True)
+    if kv_lens is None:
+        q, k, v = torch.randn(sum(seg_lens), 3, heads, dim).to(device, dtype).unbind(1)  # strided, as in the towers
+    else:
+        q = torch.randn(sum(seg_lens), heads, dim).to(device, dtype)
+        k, v = torch.randn(2, sum(kv_lens), heads, dim).to(device, dtype)
+    key_lens = seg_lens if kv_lens is None else kv_lens
+    parts = zip(q.split(seg_lens), k.split(key_lens), v.split(key_lens), strict=True)
     want = torch.cat([dense_attention(*part, causal=False) for part in parts])
-    got = attention(q, k, v, seg_lens)
+    got = attention(q, k, v, seg_lens, kv_lens)
     assert got.shape == q.shape and got.dtype == dtype
     return got, want

@@ -272,7 +272,7 @@ def encoder_attention(
                 run_end += 1
         num_segs = run_end - run_start
         rows, keys = slice(row, row + num_segs * seg_len), slice(key, key + num_segs * kv_len)
-        if is_short:
+        if is_short and seg_len:
             out[rows] = _attend_windows(q[rows], k[keys], v[keys], num_segs, scale)
         elif seg_len:
             out[rows] = _attend_segment(q[rows], k[keys], v[keys], scale)

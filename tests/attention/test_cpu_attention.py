@@ -80,6 +80,10 @@ def test_encoder_attention_stays_inside_segments(
     for block in (cpu.SCORE_BLOCK, 2000):  # whole, and in pieces
         monkeypatch.setattr(cpu, "SCORE_BLOCK", block)
         assert_pairs_close([encoder_pair(encoder_attention, seg_lens, heads=3, dim=20, dtype=dtype)])
+        kv_lens = [length + 3 for length in seg_lens]
+        assert_pairs_close([encoder_pair(encoder_attention, seg_lens, kv_lens, heads=3, dim=20, dtype=dtype)])
+        empty = [0, *seg_lens, 0]  # segments without queries
+        assert_pairs_close([encoder_pair(encoder_attention, empty, [5, *kv_lens, 300], heads=3, dim=20, dtype=dtype)])
 
 
 def test_a_step_must_be_prepared() -> None:
