@@ -24,6 +24,7 @@ from lightvl.engine.features import FeatureStore
 from lightvl.engine.inputs import PageTable
 from lightvl.engine.memory import LargestImage, MemoryPlan, plan_memory
 from lightvl.engine.runner import Runner
+from lightvl.engine.stream import CpuStream
 from lightvl.errors import ConfigError
 from lightvl.images.cache import MediaCounters
 from lightvl.images.fetch import ImageFetcher
@@ -185,6 +186,7 @@ def _build_engine(
         FeatureStore(model, attention, encoder_attention),
         PageTable(limits.max_running, min(memory.num_pages, -(-limits.context_len // limits.page_size))),
         limits.page_size,
+        CpuStream(),
     )
 
     def make_detokenizer(params: SamplingParams) -> Detokenizer:

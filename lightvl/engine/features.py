@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -22,6 +22,15 @@ logger = logging.getLogger(__name__)
 
 JOB_PATCHES = {"cpu": 1024, "cuda": 65536}
 """Most patches of a job of several images. On a CPU more gain nothing, and the first image would wait for the last."""
+
+
+@dataclass(slots=True)
+class Advanced:
+    """What a step did, by image key. `ended`: () bool each, whether the features are finite: only the device knows
+    until the step has completed."""
+
+    ended: dict[int, torch.Tensor] = field(default_factory=dict)
+    errors: dict[int, Exception] = field(default_factory=dict)
 
 
 @dataclass(slots=True, eq=False)
@@ -60,20 +69,18 @@ class FeatureStore:
             if job is not None:
                 job.waiting = {idx: work for idx, work in job.waiting.items() if work.image.key != key}
 
-    def advance(self, works: Sequence[EncodeWork], budget_s: float) -> tuple[list[int], dict[int, Exception]]:
-        """Work through `works` in order until the budget is spent, at least one piece. Returns the keys of the encodes
-        that ended well and the errors of those that did not."""
-        ended: list[int] = []
-        errors: dict[int, Exception] = {}
+    def advance(self, works: Sequence[EncodeWork], budget_s: float) -> Advanced:
+        """Work through `works` in order until the budget is spent, at least one piece."""
+        advanced = Advanced()
         deadline = time.perf_counter() + budget_s
         for work in works:
             while work.image.key not in self._ended:
-                job = self._jobs.get(work.image.key) or self._begin(work, works, deadline, errors)
+                job = self._jobs.get(work.image.key) or self._begin(work, works, deadline, advanced.errors)
                 if job is not None:
-                    self._continue(job, deadline, ended, errors)
+                    self._continue(job, deadline, advanced)
                 if time.perf_counter() >= deadline:
-                    return ended, errors
-        return ended, errors
+                    return advanced
+        return advanced
 
     def _begin(
         self, first: EncodeWork, works: Sequence[EncodeWork], deadline: float, errors: dict[int, Exception]
@@ -109,12 +116,12 @@ class FeatureStore:
         self._jobs.update((work.image.key, job) for work in chosen)
         return job
 
-    def _continue(self, job: _Job, deadline: float, ended: list[int], errors: dict[int, Exception]) -> None:
+    def _continue(self, job: _Job, deadline: float, advanced: Advanced) -> None:
         """Until it has given all that is waited for, or the deadline."""
         try:
             for done in job.encoding:
                 if done:
-                    self._take(job, done, ended, errors)
+                    self._take(job, done, advanced)
                 if not job.waiting or time.perf_counter() >= deadline:
                     return
             raise RuntimeError("an encode ended without features")
@@ -127,27 +134,24 @@ class FeatureStore:
                 self._alone.update(keys)
             else:
                 self._ended.update(keys)
-                errors.update(dict.fromkeys(keys, error))
+                advanced.errors.update(dict.fromkeys(keys, error))
 
-    def _take(self, job: _Job, done: dict[int, torch.Tensor], ended: list[int], errors: dict[int, Exception]) -> None:
+    def _take(self, job: _Job, done: dict[int, torch.Tensor], advanced: Advanced) -> None:
         """Keep the features of images that were not dropped meanwhile. A bad image fails alone."""
-        works = {idx: job.waiting.pop(idx) for idx in done if idx in job.waiting}
-        if not works:
-            return
-        finite = torch.stack([done[idx].isfinite().all() for idx in works]).tolist()  # sync: once for all of them
-        for (idx, work), is_finite in zip(works.items(), finite, strict=True):
-            key, features = work.image.key, done[idx]
+        for idx, features in done.items():
+            work = job.waiting.pop(idx, None)
+            if work is None:
+                continue
+            key = work.image.key
             del self._jobs[key]
             self._ended.add(key)
             try:
-                if not is_finite:
-                    raise ArithmeticError("the features of an image are not finite")
                 if work.cross_pages:
                     self._model.decoder.write_cross(features, work.cross_pages, self._attention)
                 else:
                     # a part of a shared tensor would keep the whole alive
                     is_part = features.untyped_storage().nbytes() > features.nbytes
                     self._ready[key] = features.clone() if is_part else features
-                ended.append(key)
+                advanced.ended[key] = features.isfinite().all()
             except Exception as error:
-                errors[key] = error
+                advanced.errors[key] = error

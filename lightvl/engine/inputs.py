@@ -1,9 +1,11 @@
 """A plan's rows as tensors: the one place where token ids, positions, slots, page tables, cross spans and feature
-rows of a step are built. Called on the lane thread by the runner; all index arithmetic is numpy on the host."""
+rows of a step are built. Called on the lane thread by the runner; all index arithmetic is numpy on the host, and what
+goes to the device goes there without waiting."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence as Seq
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -12,6 +14,7 @@ import torch
 from lightvl.attention.base import CrossInputs, CrossSpan, FeatureRows, SelfInputs, StepInputs
 from lightvl.engine.features import FeatureStore
 from lightvl.engine.sampler import SampleRow
+from lightvl.engine.stream import to_device
 from lightvl.scheduling.plan import Row
 from lightvl.scheduling.sequence import Sequence
 
@@ -42,56 +45,98 @@ class PageTable:
         return self._table[slots, : max(num_pages)]
 
 
+@dataclass(slots=True)
+class HostInputs:
+    """T tokens of R rows, in plan order, on the host. `samples` tells for each sampled sequence what the sampler must
+    know, `sample_of` which of the L logits it is drawn from: choices of one request are drawn from the same."""
+
+    q_lens: list[int]  # (R,)
+    kv_lens: list[int]  # (R,)
+    token_ids: Int64Array  # (T,); 0 where the host does not know it yet
+    positions: Int64Array  # (T,), or (3, T) for M-RoPE
+    slots: Int64Array  # (T,)
+    pages: Int64Array  # (R, P)
+    logits_idx: list[int]  # (L,) tokens
+    unknown: Int64Array  # (2, U): tokens that the host does not know, and the slots whose last token they are
+    spans: list[CrossSpan]
+    features: list[FeatureRows]
+    samples: list[SampleRow]  # (S,)
+    sample_of: list[int]  # (S,)
+
+    def to_device(self, last_tokens: torch.Tensor, dtype: torch.dtype) -> StepInputs:
+        """`last_tokens` (max_running,) int64 on the device gives what the host does not know."""
+        device = last_tokens.device
+        logits_idx = np.array(self.logits_idx, dtype=np.int64)
+        token_ids, positions, slots, wanted, unknown = _send(
+            (self.token_ids, self.positions, self.slots, logits_idx, self.unknown), device
+        )
+        if self.unknown.size:
+            token_ids.index_copy_(0, unknown[0], last_tokens.index_select(0, unknown[1]))
+        cross = None
+        if self.spans:
+            sees_image = torch.zeros(len(slots), 1)
+            for span in self.spans:
+                sees_image[span.q_start : span.q_end] = 1
+            cross = CrossInputs(spans=self.spans, sees_image=to_device(sees_image.to(dtype), device))
+        pages = torch.from_numpy(self.pages)
+        return StepInputs(
+            token_ids=token_ids,
+            positions=positions,
+            self_attention=SelfInputs(q_lens=self.q_lens, kv_lens=self.kv_lens, slots=slots, page_table=pages),
+            cross=cross,
+            features=self.features,
+            logits_idx=wanted if self.logits_idx else None,
+        )
+
+
 def build_inputs(
-    rows: Seq[Row],
-    *,
-    page_table: PageTable,
-    page_size: int,
-    features: FeatureStore,
-    last_tokens: torch.Tensor,
-    multi_axis_positions: bool,
-    dtype: torch.dtype,
-) -> tuple[StepInputs, list[SampleRow]]:
-    """Rows in plan order. `last_tokens` (max_running,) int64 on the device gives tokens that the host does not know
-    yet. The SampleRows match `logits_idx`."""
-    device = last_tokens.device
+    rows: Seq[Row], *, page_table: PageTable, page_size: int, features: FeatureStore, multi_axis_positions: bool
+) -> HostInputs:
     q_lens = [row.len for row in rows]
     kv_lens = [row.start + row.len for row in rows]
-    token_ids = np.concatenate([_token_ids(row) for row in rows])
-    positions = np.concatenate([_positions(row, multi_axis_positions) for row in rows], axis=-1)
-    slots = np.concatenate([_slots(row, page_size) for row in rows])
-    pages = page_table.rows(rows, [-(-kv_len // page_size) for kv_len in kv_lens])
     starts = np.cumsum([0, *q_lens])
-
-    ids = torch.from_numpy(token_ids).to(device)
     unknown = [
-        (i, row.slot) for i, row in zip(starts[1:] - 1, rows, strict=True) if row.start + row.len > row.num_known
+        (end - 1, row.slot) for end, row in zip(starts[1:], rows, strict=True) if row.start + row.len > row.num_known
     ]
-    if unknown:
-        at, slot = torch.tensor(unknown, dtype=torch.int64, device=device).T
-        ids[at] = last_tokens[slot]
-
     logits_idx: list[int] = []
-    sample_rows: list[SampleRow] = []
+    samples: list[SampleRow] = []
+    sample_of: list[int] = []
     for end, row in zip(starts[1:], rows, strict=True):
-        for sequence in row.samples:
-            logits_idx.append(int(end) - 1)
-            sample_rows.append(_sample_row(sequence, row.start + row.len))
-
-    inputs = StepInputs(
-        token_ids=ids,
-        positions=torch.from_numpy(positions).to(device),
-        self_attention=SelfInputs(
-            q_lens=q_lens,
-            kv_lens=kv_lens,
-            slots=torch.from_numpy(slots).to(device),
-            page_table=torch.from_numpy(pages).to(device),
-        ),
-        cross=_cross_inputs(rows, starts, device, dtype),
+        if not row.samples:
+            continue
+        sample_of += [len(logits_idx)] * len(row.samples)
+        samples += [_sample_row(sequence, row.start + row.len) for sequence in row.samples]
+        logits_idx.append(int(end) - 1)
+    return HostInputs(
+        q_lens=q_lens,
+        kv_lens=kv_lens,
+        token_ids=np.concatenate([_token_ids(row) for row in rows]),
+        positions=np.concatenate([_positions(row, multi_axis_positions) for row in rows], axis=-1),
+        slots=np.concatenate([_slots(row, page_size) for row in rows]),
+        pages=page_table.rows(rows, [-(-kv_len // page_size) for kv_len in kv_lens]),
+        logits_idx=logits_idx,
+        unknown=np.array(unknown, dtype=np.int64).reshape(-1, 2).T,
+        spans=_cross_spans(rows, starts),
         features=_feature_rows(rows, starts, features),
-        logits_idx=torch.tensor(logits_idx, dtype=torch.int64, device=device) if logits_idx else None,
+        samples=samples,
+        sample_of=sample_of,
     )
-    return inputs, sample_rows
+
+
+def _send(arrays: Seq[Int64Array], device: torch.device) -> list[torch.Tensor]:
+    """The arrays on the device, in their shapes, by one copy: a step has half a dozen small ones, and each copy costs
+    as much as a kernel."""
+    begins = [0, *np.cumsum([_aligned(array.size) for array in arrays])]
+    whole = np.zeros(begins[-1], dtype=np.int64)
+    for begin, array in zip(begins, arrays, strict=False):
+        whole[begin : begin + array.size] = array.reshape(-1)
+    sent = to_device(torch.from_numpy(whole), device)
+    return [sent[begin : begin + array.size].view(array.shape) for begin, array in zip(begins, arrays, strict=False)]
+
+
+def _aligned(size: int) -> int:
+    """Up to whole cache lines of 128 bytes: kernels read in vectors."""
+    return -(-size // 16) * 16
 
 
 def _token_ids(row: Row) -> Int64Array:
@@ -130,18 +175,14 @@ def _slots(row: Row, page_size: int) -> Int64Array:
     return slots
 
 
-def _cross_inputs(rows: Seq[Row], starts: Int64Array, device: torch.device, dtype: torch.dtype) -> CrossInputs | None:
+def _cross_spans(rows: Seq[Row], starts: Int64Array) -> list[CrossSpan]:
     spans = []
-    sees_image = np.zeros((int(starts[-1]), 1), dtype=np.float32)
     for offset, row in zip(starts, rows, strict=False):
         for view in row.cross:
             first = int(offset) + max(view.first_row, row.start) - row.start
             end = int(offset) + min(view.end_row, row.start + row.len) - row.start
             spans.append(CrossSpan(first, end, view.cross_pages))
-            sees_image[first:end] = 1
-    if not spans:
-        return None
-    return CrossInputs(spans=spans, sees_image=torch.from_numpy(sees_image).to(device, dtype))
+    return spans
 
 
 def _feature_rows(rows: Seq[Row], starts: Int64Array, features: FeatureStore) -> list[FeatureRows]:

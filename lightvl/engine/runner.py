@@ -1,78 +1,143 @@
-"""Runs a plan on the lane thread: drop, copy, encode, compute rows, sample, read back. Knows no requests and no stops;
-an error is returned with the part that it belongs to, so that one image or step cannot take others down."""
+"""Runs a plan on the lane thread: drop, copy, encode, compute rows, sample; and reads its results back when the device
+has come so far. Knows no requests and no stops; an error is returned with the part that it belongs to, so that one
+image or step cannot take others down.
+
+`launch` never waits for the device: on CUDA the next step is launched before this one's tokens are read back.
+"""
 
 from __future__ import annotations
 
-import time
+import traceback
+from dataclasses import dataclass, field
+from typing import Any
 
+import numpy as np
 import torch
 
 from lightvl.attention.base import AttentionBackend
 from lightvl.core import TokenLogprob
-from lightvl.engine.device import StepResult
+from lightvl.engine.device import DeviceLost, StepResult
 from lightvl.engine.features import FeatureStore
-from lightvl.engine.inputs import PageTable, build_inputs
-from lightvl.engine.sampler import sample, to_host
+from lightvl.engine.inputs import HostInputs, PageTable, build_inputs
+from lightvl.engine.sampler import Sampled, SampleRow, fetch, sample, to_host
+from lightvl.engine.stream import Stream, to_device
+from lightvl.errors import Overloaded
 from lightvl.models.model import Model
 from lightvl.scheduling.plan import Row, StepOutcome, StepPlan
 from lightvl.scheduling.sequence import Sequence
 
 
+@dataclass(slots=True)
+class LaunchedStep:
+    """What `read_back` needs. Tensors are on the host, and hold their values once `end` has been waited for."""
+
+    plan: StepPlan
+    begin: Any
+    encode_end: Any = None
+    end: Any = None
+    encoded: list[int] = field(default_factory=list)  # image keys
+    is_finite: torch.Tensor | None = None  # (len(encoded),) bool
+    encode_errors: dict[int, Exception] = field(default_factory=dict)
+    sampled: list[tuple[Sampled, list[SampleRow]]] = field(default_factory=list)
+    rows_error: Exception | None = None
+
+
 class Runner:
     def __init__(
-        self, model: Model, attention: AttentionBackend, features: FeatureStore, page_table: PageTable, page_size: int
+        self,
+        model: Model,
+        attention: AttentionBackend,
+        features: FeatureStore,
+        page_table: PageTable,
+        page_size: int,
+        stream: Stream,
     ) -> None:
         self._model = model
         self._attention = attention
         self._features = features
         self._page_table = page_table
         self._page_size = page_size
+        self._stream = stream
         self._last_tokens = torch.zeros(page_table.max_running, dtype=torch.int64, device=model.device)
 
-    @torch.inference_mode()
     def run(self, plan: StepPlan) -> StepResult:
+        return self.read_back(self.launch(plan))
+
+    @torch.inference_mode()
+    def launch(self, plan: StepPlan) -> LaunchedStep:
+        """Raises DeviceLost."""
+        stream = self._stream
         self._features.drop(plan.dropped_images)
-        begin = time.perf_counter()
-        encoded, encode_errors = self._features.advance(plan.encodes, plan.encode_budget_s)
-        encode_end = time.perf_counter()
-        tokens: list[tuple[Sequence, int, TokenLogprob | None]] = []
-        rows_error: Exception | None = None
+        step = LaunchedStep(plan, begin=stream.mark())
+        advanced = self._features.advance(plan.encodes, plan.encode_budget_s)
+        if advanced.ended:
+            step.encoded = list(advanced.ended)
+            step.is_finite = stream.to_host(torch.stack(list(advanced.ended.values())))
+        step.encode_errors = {key: _told(error) for key, error in advanced.errors.items()}
+        step.encode_end = stream.mark()
         try:
             if plan.page_copies:
                 self._attention.copy_pages(plan.page_copies)
             if plan.rows:
-                tokens = self._compute(plan.rows)
+                self._compute(plan.rows, step)
+        except DeviceLost:
+            raise
         except Exception as error:
-            rows_error = error
-        outcome = StepOutcome(
-            encoded=tuple(encoded),
-            failed=tuple(encode_errors),
-            rows_failed=rows_error is not None,
-            encode_s=encode_end - begin,
-            rows_s=time.perf_counter() - encode_end,
-        )
-        return StepResult(outcome, tokens, encode_errors, rows_error)
+            step.rows_error, step.sampled = _told(error), []
+        step.end = stream.mark()
+        return step
 
-    def _compute(self, rows: tuple[Row, ...]) -> list[tuple[Sequence, int, TokenLogprob | None]]:
-        inputs, sample_rows = build_inputs(
+    def read_back(self, step: LaunchedStep) -> StepResult:
+        """Waits for the device. May be called on another thread, while later steps are launched. Raises DeviceLost."""
+        self._stream.wait(step.end)
+        errors = dict(step.encode_errors)
+        if step.is_finite is not None:
+            for key, is_finite in zip(step.encoded, step.is_finite.tolist(), strict=True):  # sync: none, on the host
+                if not is_finite:
+                    errors[key] = ArithmeticError("the features of an image are not finite")
+        outcome = StepOutcome(
+            encoded=tuple(key for key in step.encoded if key not in errors),
+            failed=tuple(errors),
+            rows_failed=step.rows_error is not None,
+            encode_s=self._stream.seconds(step.begin, step.encode_end),
+            rows_s=self._stream.seconds(step.encode_end, step.end),
+        )
+        results = [result for sampled, samples in step.sampled for result in to_host(sampled, samples)]
+        tokens: list[tuple[Sequence, int, TokenLogprob | None]] = []
+        if step.rows_error is None:
+            sequences = [sequence for row in step.plan.rows for sequence in row.samples]
+            tokens = [(sequence, *result) for sequence, result in zip(sequences, results, strict=True)]
+        return StepResult(outcome, tokens, errors, step.rows_error)
+
+    def _compute(self, rows: tuple[Row, ...], step: LaunchedStep) -> None:
+        host = build_inputs(
             rows,
             page_table=self._page_table,
             page_size=self._page_size,
             features=self._features,
-            last_tokens=self._last_tokens,
             multi_axis_positions=self._model.config.mrope_section is not None,
-            dtype=self._model.dtype,
         )
-        logits = self._model.forward(inputs, self._attention)
+        logits = self._model.forward(host.to_device(self._last_tokens, self._model.dtype), self._attention)
         if logits is None:
-            return []
-        sampled = sample(logits.float(), sample_rows)
-        self._remember_last_tokens(rows, sampled.token_ids)
-        results = to_host(sampled, sample_rows)
-        sequences = [sequence for row in rows for sequence in row.samples]
-        return [(sequence, *result) for sequence, result in zip(sequences, results, strict=True)]
+            return
+        blocks = self._sample(logits, host)
+        self._remember_last_tokens(rows, [sampled for sampled, _ in blocks])
+        step.sampled = [(fetch(sampled, self._stream), samples) for sampled, samples in blocks]
 
-    def _remember_last_tokens(self, rows: tuple[Row, ...], token_ids: torch.Tensor) -> None:
+    def _sample(self, logits: torch.Tensor, host: HostInputs) -> list[tuple[Sampled, list[SampleRow]]]:
+        """Choices of one request share their logits. They are drawn in blocks, so that any number of them takes no more
+        memory than the most rows that a step can have."""
+        samples = host.samples
+        if len(samples) == len(logits):
+            return [(sample(logits.float(), samples), samples)]
+        blocks = []
+        for start in range(0, len(samples), self._page_table.max_running):
+            block = slice(start, start + self._page_table.max_running)
+            idx = to_device(torch.tensor(host.sample_of[block]), logits.device)
+            blocks.append((sample(logits.index_select(0, idx).float(), samples[block]), samples[block]))
+        return blocks
+
+    def _remember_last_tokens(self, rows: tuple[Row, ...], sampled: list[Sampled]) -> None:
         """For the next step in flight, which is launched before these tokens are read back."""
         slots, sampled_idx, idx = [], [], 0
         for row in rows:
@@ -80,5 +145,20 @@ class Runner:
                 slots.append(row.slot)
                 sampled_idx.append(idx + row.samples.index(row.sequence))
             idx += len(row.samples)
-        if slots:
-            self._last_tokens[slots] = token_ids[sampled_idx]
+        if not slots:
+            return
+        token_ids = sampled[0].token_ids if len(sampled) == 1 else torch.cat([part.token_ids for part in sampled])
+        at, which = to_device(torch.from_numpy(np.array([slots, sampled_idx])), token_ids.device)
+        # a broken row's sequence ends; until that is known, its next step must get an id that exists
+        self._last_tokens.index_copy_(0, at, token_ids.index_select(0, which).clamp_min_(0))
+
+
+def _told(error: Exception) -> Exception:
+    """Out of memory is told as trouble that passes. What was being computed then is let go at once: the error outlives
+    the step in logs, and the frames in its trace hold tensors."""
+    if not isinstance(error, torch.OutOfMemoryError | MemoryError) and "DefaultCPUAllocator" not in str(error):
+        return error
+    traceback.clear_frames(error.__traceback__)
+    told = Overloaded("The device has run out of memory on this request; try again later, or send less at once.")
+    told.__cause__ = error
+    return told

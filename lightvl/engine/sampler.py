@@ -1,7 +1,7 @@
 """Chooses the next token of each sampled row, on the device that holds the logits.
 
 Called by the runner on the lane thread, in inference mode. Must not know: sequences, pages, text. Nothing here waits
-for a GPU but `to_host`; settings of the rows become tensors once and are reused while the same rows are sampled.
+for a GPU; settings of the rows become tensors once and are reused while the same rows are sampled.
 
 The order is that of HF and SGLang: repetition penalty, temperature, top_k, top_p, min_p, draw. All filters of a row are
 one threshold on its logits, so tokens that tie with the last one kept are kept too. (HF keeps them for top_k and breaks
@@ -23,6 +23,7 @@ import torch
 
 from lightvl.core import SamplingParams, TokenLogprob
 from lightvl.engine.noise import UInt64Array, gumbel_noise, hash_choices, hash_positions
+from lightvl.engine.stream import Stream, to_device
 
 # Measured on one core with rows of 152k logits (tools/LOG.md).
 NUM_HEAD = 1024  # best logits in which a threshold is looked for first: 0.7 ms a row, sorting all takes 13
@@ -30,7 +31,7 @@ HEAD_GROWTH = 16  # if these do not suffice, look among so many times more
 CPU_BLOCK = 1 << 21  # logits drawn from at once: temporaries of 64 rows would be mapped anew each time, 3 times slower
 TIE_SLACK = 64  # where looking back would stall the device, a head of top_k + 64 is taken to hold all ties of the last
 LEAST_LOGPROB = -9999.0  # stands for minus infinity, which JSON cannot say, as in OpenAI's API
-BROKEN = -1  # token id that `to_host` gives for a row without a finite logit: the model failed on this sequence alone
+BROKEN = -1  # token id of a row without a finite logit: the model failed on this sequence alone
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,10 +46,10 @@ class SampleRow:
 
 @dataclass(slots=True)
 class Sampled:
-    """S rows, W of which want logprobs, `k` alternatives at most. All on the logits' device."""
+    """S rows, W of which want logprobs, `k` alternatives at most. All on the logits' device, or after `fetch` on the
+    host."""
 
-    token_ids: torch.Tensor  # (S,) int64
-    broken: torch.Tensor  # (S,) bool: no finite logit; the token is 0 and means nothing
+    token_ids: torch.Tensor  # (S,) int64, some may be BROKEN
     logprobs: torch.Tensor | None = None  # (W,) float32, of the chosen tokens
     top_ids: torch.Tensor | None = None  # (W, k) int64, best first
     top_logprobs: torch.Tensor | None = None  # (W, k) float32
@@ -84,14 +85,14 @@ def sample(logits: torch.Tensor, rows: list[SampleRow]) -> Sampled:
     torch.nan_to_num_(logits, nan=-torch.inf, posinf=1e30, neginf=-torch.inf)
     wants = [i for i, row in enumerate(rows) if row.params.top_logprobs is not None]
     if not wants:
-        return Sampled(*_choose(logits, rows))
+        return Sampled(_choose(logits, rows))
 
     wanted = _row_index(tuple(wants), logits.device)
     raw = logits.index_select(0, wanted)  # a copy: the penalty changes `logits`
     log_total = raw.logsumexp(-1, keepdim=True)
-    token_ids, broken = _choose(logits, rows)
-    chosen = raw.gather(1, token_ids[wanted].unsqueeze(1)) - log_total
-    out = Sampled(token_ids, broken, logprobs=_sayable(chosen.squeeze(1)))
+    token_ids = _choose(logits, rows)
+    chosen = raw.gather(1, token_ids[wanted].clamp_min(0).unsqueeze(1)) - log_total
+    out = Sampled(token_ids, logprobs=_sayable(chosen.squeeze(1)))
     k = min(max(rows[i].params.top_logprobs or 0 for i in wants), logits.shape[1])
     if k > 0:
         top, out.top_ids = raw.topk(k, dim=-1)
@@ -99,12 +100,17 @@ def sample(logits: torch.Tensor, rows: list[SampleRow]) -> Sampled:
     return out
 
 
-def to_host(sampled: Sampled, rows: list[SampleRow]) -> list[tuple[int, TokenLogprob | None]]:
-    """Wait for the sampled tokens and read them back: (token id, logprob where the row wants it) per row.
+def fetch(sampled: Sampled, stream: Stream) -> Sampled:
+    """The same on the host, once a mark of the stream behind this call has been waited for."""
+    given = (sampled.token_ids, sampled.logprobs, sampled.top_ids, sampled.top_logprobs)
+    token_ids, *optional = (None if x is None else stream.to_host(x) for x in given)
+    assert token_ids is not None
+    return Sampled(token_ids, *optional)
 
-    A broken row has token id `BROKEN`.
-    """
-    token_ids = sampled.token_ids.masked_fill(sampled.broken, BROKEN).tolist()  # sync: the one place of read-back
+
+def to_host(sampled: Sampled, rows: list[SampleRow]) -> list[tuple[int, TokenLogprob | None]]:
+    """(token id, logprob where the row wants it) per row, of tensors on the host."""
+    token_ids = sampled.token_ids.tolist()  # sync: none, they are on the host
     if sampled.logprobs is None:
         return [(token_id, None) for token_id in token_ids]
     logprobs = iter(sampled.logprobs.tolist())  # sync: as above
@@ -119,8 +125,8 @@ def to_host(sampled: Sampled, rows: list[SampleRow]) -> list[tuple[int, TokenLog
     return results
 
 
-def _choose(logits: torch.Tensor, rows: list[SampleRow]) -> tuple[torch.Tensor, torch.Tensor]:
-    """`Sampled.token_ids` and `.broken`. Overwrites the logits."""
+def _choose(logits: torch.Tensor, rows: list[SampleRow]) -> torch.Tensor:
+    """`Sampled.token_ids`. Overwrites the logits."""
     if any(row.params.repetition_penalty != 1 for row in rows):
         _penalise(logits, rows)
     draws = _draws(tuple((row.params, row.choice) for row in rows), logits.device)
@@ -134,12 +140,12 @@ def _choose(logits: torch.Tensor, rows: list[SampleRow]) -> tuple[torch.Tensor, 
         drawn = _draw(scores, draws, [row for row in rows if row.params.temperature > 0])
         token_ids.index_copy_(0, draws.row_idx, drawn)
     broken = logits.gather(1, token_ids.unsqueeze(1)).squeeze(1) == -torch.inf
-    return token_ids.masked_fill_(broken, 0), broken
+    return token_ids.masked_fill_(broken, BROKEN)
 
 
 def _draw(scores: torch.Tensor, draws: _Draws, rows: list[SampleRow]) -> torch.Tensor:
     """Filter scores (R, V), logits over temperature, and draw. Returns (R,) int64."""
-    keys = _to_device(hash_positions(draws.choice_hashes, [row.position for row in rows]), scores.device)
+    keys = to_device(hash_positions(draws.choice_hashes, [row.position for row in rows]), scores.device)
     block_len = max(1, CPU_BLOCK // scores.shape[1]) if scores.device.type == "cpu" else len(rows)
     blocks = [slice(start, start + block_len) for start in range(0, len(rows), block_len)]
     return torch.cat([_draw_block(scores[block], draws.at(block), keys[:, block]) for block in blocks])
@@ -217,8 +223,8 @@ def _penalise(logits: torch.Tensor, rows: list[SampleRow]) -> None:
         seen = row.seen[row.seen < num_tokens]  # mllama's image token has no logit
         cells.append(seen + i * num_tokens)
         penalties.append(np.full(len(seen), row.params.repetition_penalty, dtype=np.float32))
-    cell = _to_device(torch.from_numpy(np.concatenate(cells)), logits.device)
-    penalty = _to_device(torch.from_numpy(np.concatenate(penalties)), logits.device)
+    cell = to_device(torch.from_numpy(np.concatenate(cells)), logits.device)
+    penalty = to_device(torch.from_numpy(np.concatenate(penalties)), logits.device)
     flat = logits.view(num_rows * num_tokens)
     values = flat[cell]
     flat[cell] = torch.where(values > 0, values / penalty, values * penalty)
@@ -235,7 +241,7 @@ def _draws(settings: tuple[tuple[SamplingParams, int], ...], device: torch.devic
     is_filtered = [p.top_k > 0 or p.top_p < 1 or p.min_p > 0 for p in params]
 
     def column(values: list[Any], dtype: torch.dtype) -> torch.Tensor:
-        return _to_device(torch.tensor(values, dtype=dtype).unsqueeze(1), device)
+        return to_device(torch.tensor(values, dtype=dtype).unsqueeze(1), device)
 
     return _Draws(
         row_idx=None if len(row_idx) == len(settings) else _row_index(row_idx, device),
@@ -254,13 +260,8 @@ def _draws(settings: tuple[tuple[SamplingParams, int], ...], device: torch.devic
 
 @lru_cache(maxsize=16)
 def _row_index(row_idx: tuple[int, ...], device: torch.device) -> torch.Tensor:
-    return _to_device(torch.tensor(row_idx, dtype=torch.int64), device)
+    return to_device(torch.tensor(row_idx, dtype=torch.int64), device)
 
 
 def _sayable(logprobs: torch.Tensor) -> torch.Tensor:
     return torch.nan_to_num_(logprobs, nan=LEAST_LOGPROB, neginf=LEAST_LOGPROB)
-
-
-def _to_device(x: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Pinned on the way to a GPU: a copy from pageable memory would wait for all work queued before it."""
-    return x if device.type == "cpu" else x.pin_memory().to(device, non_blocking=True)
