@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from parity_helpers import Part, noise_image
+from parity_helpers import Part, inputs_for, noise_image
 from tiny_llava import Row, Twin, tiny_llava
 
 Turns = list[tuple[str, list[Part]]]
@@ -24,9 +24,11 @@ VICUNA_SYSTEM = (
 class LlavaOracle:
     """As `parity_helpers.Oracle`."""
 
-    def __init__(self, row: Row, parent: Path) -> None:
-        self.twin: Twin = tiny_llava(parent, row)
+    def __init__(self, row: Row, parent: Path, **sizes: Any) -> None:
+        """`sizes`: of `tiny_llava`."""
+        self.twin: Twin = tiny_llava(parent, row, **sizes)
         self.name, self.folder = row.name, self.twin.folder
+        self.model = self.twin.model
         self.image_token_id = self.twin.model.config.image_token_index
 
     def prepare(self, turns: Turns) -> tuple[list[int], dict[str, Any]]:
@@ -59,10 +61,9 @@ class LlavaOracle:
     ) -> torch.Tensor:
         model = self.twin.model if model is None else model
         ids = torch.tensor([prompt_ids + output_ids])
-        if "pixel_values" in extra:
-            extra = extra | {"pixel_values": extra["pixel_values"].to(model.dtype)}
-        logits = model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False, **extra).logits
-        return logits[0, len(prompt_ids) - 1 : -1, : self.twin.num_logits].float().log_softmax(-1)
+        inputs = inputs_for(model, {"input_ids": ids, "attention_mask": torch.ones_like(ids), **extra})
+        logits = model(**inputs, use_cache=False).logits
+        return logits[0, len(prompt_ids) - 1 : -1, : self.twin.num_logits].float().log_softmax(-1).cpu()
 
     def _render(self, turns: Turns) -> str:
         """No BOS: the tokenizers of the families with one put it there."""

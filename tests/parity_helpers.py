@@ -33,6 +33,21 @@ IMAGE_FAMILIES = FAMILIES[:3]
 
 Part = str | tuple[int, int, int]
 """A text, or a noise image as (width, height, seed)."""
+Turns = list[tuple[str, list[Part]]]
+
+SIZES = [(28, 28), (100, 57), (33, 160), (260, 40), (9, 11), (203, 190), (57, 58)]
+
+
+def question(num_images: int, case: int, *, words: str = "What is in these pictures?") -> Turns:
+    """Images of odd sizes at various places: first, between texts, after the text, two in a row."""
+    images: list[Part] = [(*SIZES[(case + i) % len(SIZES)], 31 * case + i) for i in range(num_images)]
+    layouts: list[list[Part]] = [
+        [*images, words],
+        [piece for image in images for piece in ("See", image)] + [words],
+        [words, *images],
+    ]
+    turns: Turns = [("system", ["Be brief."])] if case % 2 else []
+    return [*turns, ("user", layouts[case % 3])]
 
 
 def noise_image(width: int, height: int, seed: int) -> Image.Image:
@@ -59,12 +74,13 @@ def to_messages(turns: list[tuple[str, list[Part]]]) -> list[Message]:
 class Oracle:
     """One tiny random model in a folder, and HF's answers for it."""
 
-    def __init__(self, name: str, folder: Path) -> None:
+    def __init__(self, name: str, folder: Path, **sizes: Any) -> None:
+        """`sizes`: of the tiny model's builder."""
         self.name, self.folder = name, folder
         if name in IMAGE_FAMILIES:
-            self.model = getattr(tiny_models, f"tiny_{name}")(folder)
+            self.model = getattr(tiny_models, f"tiny_{name}")(folder, **sizes)
         else:
-            self.model = getattr(text_models, f"tiny_{name}")(folder, vocab_size=384)
+            self.model = getattr(text_models, f"tiny_{name}")(folder, **{"vocab_size": 384} | sizes)
             _add_text_tokenizer(folder)
         if name == "mllama":
             text_models.correct_to_metas_rule(self.model.model.language_model)
@@ -117,10 +133,8 @@ class Oracle:
             inputs["cross_attention_mask"] = self._cross_mask(ids[0].tolist(), num_tiles)
         if "image_grid_thw" in extra:
             inputs["mm_token_type_ids"] = (ids == self.model.config.image_token_id).int()
-        if "pixel_values" in inputs:
-            inputs["pixel_values"] = inputs["pixel_values"].to(model.dtype)
-        logits = model(**inputs, use_cache=False).logits[0, len(prompt_ids) - 1 : -1]
-        return logits.float().log_softmax(-1)
+        logits = model(**inputs_for(model, inputs), use_cache=False).logits[0, len(prompt_ids) - 1 : -1]
+        return logits.float().log_softmax(-1).cpu()
 
     def _cross_mask(self, ids: list[int], num_tiles: list[list[int]]) -> torch.Tensor:
         from transformers.models.mllama.processing_mllama import (
@@ -133,6 +147,14 @@ class Oracle:
             [sparse], num_tiles=[list(map(int, num_tiles[0]))], max_num_tiles=4, length=len(ids)
         )
         return torch.from_numpy(dense)
+
+
+def inputs_for(model: Any, inputs: dict[str, Any]) -> dict[str, Any]:
+    """On the model's device, pixels in its dtype."""
+    moved = {name: x.to(model.device) if isinstance(x, torch.Tensor) else x for name, x in inputs.items()}
+    if "pixel_values" in moved:
+        moved["pixel_values"] = moved["pixel_values"].to(model.dtype)
+    return moved
 
 
 def _add_text_tokenizer(folder: Path) -> None:
@@ -209,23 +231,58 @@ def assert_same(oracle: Oracle, turns: list[tuple[str, list[Part]]], answer: Ans
             assert token_id == best.indices[0], f"{oracle.name}: output {step} is another token"
 
 
-async def assert_bfloat16_errs_like_hf(
-    oracle: Oracle, model: Any, all_turns: list[list[tuple[str, list[Part]]]]
-) -> None:
-    """Our mean error of logprobs against float32, over the tokens and alternatives of several answers, is at most twice
-    that of HF's `model` rounded to bfloat16."""
-    rounded = copy.deepcopy(model).to(torch.bfloat16)  # hooks are copied with the layers that they belong to
-    ours, theirs = [], []
+class Bfloat16Errors:
+    """Our errors of logprobs against float32, of tokens and alternatives of several answers, beside those of HF's model
+    in bfloat16."""
+
+    def __init__(self, oracle: Any, model: Any, device: str = "cpu") -> None:
+        """`model`: HF's in float32. `device`: where HF computes in bfloat16."""
+        self._oracle = oracle
+        # hooks are copied with the layers that they belong to
+        self._rounded = rounded_to_bfloat16(copy.deepcopy(model)).to(device)
+        self._ours: list[torch.Tensor] = []
+        self._theirs: list[torch.Tensor] = []
+
+    def add(self, turns: list[tuple[str, list[Part]]], answer: Answer) -> None:
+        prompt_ids, extra = self._oracle.prepare(turns)
+        output_ids = answer.token_ids
+        if self._oracle.image_token_id in output_ids:  # as in assert_same
+            output_ids = output_ids[: output_ids.index(self._oracle.image_token_id)]
+        if not output_ids:
+            return
+        exact = self._oracle.logprobs(prompt_ids, output_ids, extra)
+        hf = self._oracle.logprobs(prompt_ids, output_ids, extra, model=self._rounded)
+        for step, told in enumerate(answer.logprobs[: len(output_ids)]):
+            ids = [told.token_id, *(top_id for top_id, _ in told.top)]
+            logprobs = torch.tensor([told.logprob, *(logprob for _, logprob in told.top)])
+            self._ours.append((logprobs - exact[step, ids]).abs())
+            self._theirs.append((hf[step, ids] - exact[step, ids]).abs())
+
+    @property
+    def ours(self) -> float:
+        return torch.cat(self._ours).mean().item()
+
+    @property
+    def theirs(self) -> float:
+        return torch.cat(self._theirs).mean().item()
+
+    def check(self) -> None:
+        message = f"{self._oracle.name}: bfloat16 is off by {self.ours:.4f}, HF's by {self.theirs:.4f}"
+        assert self.ours <= 2 * self.theirs, message
+
+
+def rounded_to_bfloat16(model: Any) -> Any:
+    """In place, as `from_pretrained(dtype=torch.bfloat16)` leaves it: parameters only. `model.to` would round rope's
+    frequencies too, and HF would look worse than it is."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(torch.bfloat16)
+    return model
+
+
+async def assert_bfloat16_errs_like_hf(oracle: Any, model: Any, all_turns: list[list[tuple[str, list[Part]]]]) -> None:
+    """Our mean error is at most twice that of HF's `model` rounded to bfloat16."""
+    errors = Bfloat16Errors(oracle, model)
     async with serving(oracle, dtype="bfloat16") as service:
         for turns in all_turns:
-            answer = (await ask(service, turns, max_tokens=16))[0]
-            prompt_ids, extra = oracle.prepare(turns)
-            exact = oracle.logprobs(prompt_ids, answer.token_ids, extra)
-            hf = oracle.logprobs(prompt_ids, answer.token_ids, extra, model=rounded)
-            for step, told in enumerate(answer.logprobs):
-                ids = [told.token_id, *(top_id for top_id, _ in told.top)]
-                logprobs = torch.tensor([told.logprob, *(logprob for _, logprob in told.top)])
-                ours.append((logprobs - exact[step, ids]).abs())
-                theirs.append((hf[step, ids] - exact[step, ids]).abs())
-    error, allowed = torch.cat(ours).mean().item(), 2 * torch.cat(theirs).mean().item()
-    assert error <= allowed, f"{oracle.name}: bfloat16 is off by {error:.4f}, HF's by {allowed / 2:.4f}"
+            errors.add(turns, (await ask(service, turns, max_tokens=16))[0])
+    errors.check()

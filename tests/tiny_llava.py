@@ -112,7 +112,15 @@ class Twin:
     num_logits: int  # the checkpoint's head has so many rows; the twin's may have more
 
 
-def tiny_llava(parent: Path, row: Row, *, seed: int = 0) -> Twin:
+def tiny_llava(
+    parent: Path,
+    row: Row,
+    *,
+    seed: int = 0,
+    text: dict[str, Any] | None = None,
+    vision: dict[str, Any] | None = None,
+) -> Twin:
+    """`text` and `vision` override their configs."""
     folder = parent / row.name
     folder.mkdir(parents=True)
     tokenizer = _save_tokenizer(folder, row)
@@ -121,7 +129,7 @@ def tiny_llava(parent: Path, row: Row, *, seed: int = 0) -> Twin:
     if row.architecture is not None and row.tokenizer != "qwen_image":
         image_token_id = VOCAB
     num_rows = max(VOCAB, image_token_id + 1)
-    model = _twin(row, num_rows, image_token_id)
+    model = _twin(row, num_rows, image_token_id, text or {}, vision or {})
     tiny_models._randomize(model, seed)
     model.tie_weights()
     processor = _processor(row)
@@ -134,7 +142,7 @@ def tiny_llava(parent: Path, row: Row, *, seed: int = 0) -> Twin:
     return Twin(row, folder, model, tokenizer, processor, VOCAB if row.architecture else num_rows)
 
 
-def _twin(row: Row, vocab_size: int, image_token_id: int) -> Any:
+def _twin(row: Row, vocab_size: int, image_token_id: int, own_text: dict[str, Any], own_vision: dict[str, Any]) -> Any:
     import transformers as hf
 
     text = {
@@ -150,6 +158,7 @@ def _twin(row: Row, vocab_size: int, image_token_id: int) -> Any:
         "rope_theta": 500000.0,
         "tie_word_embeddings": row.tied,
         "pad_token_id": None,
+        **own_text,
     }
     if row.text == "mistral":
         text["sliding_window"] = None
@@ -161,6 +170,7 @@ def _twin(row: Row, vocab_size: int, image_token_id: int) -> Any:
         "num_attention_heads": 2,
         "image_size": SIDE[row.vision],
         "patch_size": 14,
+        **own_vision,
     }
     if row.vision == "siglip":
         vision["vision_use_head"] = False

@@ -55,9 +55,16 @@ LLAMA_TEMPLATE = (
 
 
 def tiny_qwen2_vl(
-    folder: Path, *, seed: int = 0, names: Names = "published", max_pixels: int = 28 * 28 * 256, **vision: Any
+    folder: Path,
+    *,
+    seed: int = 0,
+    names: Names = "published",
+    max_pixels: int = 28 * 28 * 256,
+    text: dict[str, Any] | None = None,
+    **vision: Any,
 ) -> Any:
-    """2 layers of 64 (4 heads of 16, 2 K,V heads), tied head; tower 3 layers of 32. `vision` overrides its config."""
+    """2 layers of 64 (4 heads of 16, 2 K,V heads), tied head; tower 3 layers of 32. `text` and `vision` override their
+    configs."""
     from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
     ids = _save_qwen_files(folder, max_pixels)
@@ -73,13 +80,19 @@ def tiny_qwen2_vl(
         "temporal_patch_size": 2,
         **vision,
     }
-    config = Qwen2VLConfig(text_config=_qwen_text(ids, tied=True), vision_config=vision_config, **ids)
+    config = Qwen2VLConfig(text_config=_qwen_text(ids, tied=True) | (text or {}), vision_config=vision_config, **ids)
     config.tie_word_embeddings = True
     return _save_model(folder, Qwen2VLForConditionalGeneration, config, seed, names)
 
 
 def tiny_qwen2_5_vl(
-    folder: Path, *, seed: int = 0, names: Names = "published", max_pixels: int = 28 * 28 * 256, **vision: Any
+    folder: Path,
+    *,
+    seed: int = 0,
+    names: Names = "published",
+    max_pixels: int = 28 * 28 * 256,
+    text: dict[str, Any] | None = None,
+    **vision: Any,
 ) -> Any:
     """As tiny_qwen2_vl with an untied head; tower 4 layers of 32: windows of 112 pixels, full attention in 1 and 3."""
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
@@ -99,11 +112,20 @@ def tiny_qwen2_5_vl(
         "fullatt_block_indexes": [1, 3],
         **vision,
     }
-    config = Qwen2_5_VLConfig(text_config=_qwen_text(ids, tied=False), vision_config=vision_config, **ids)
+    text_config = _qwen_text(ids, tied=False) | (text or {})
+    config = Qwen2_5_VLConfig(text_config=text_config, vision_config=vision_config, **ids)
     return _save_model(folder, Qwen2_5_VLForConditionalGeneration, config, seed, names)
 
 
-def tiny_mllama(folder: Path, *, seed: int = 0, names: Names = "published", image_size: int = 28, **vision: Any) -> Any:
+def tiny_mllama(
+    folder: Path,
+    *,
+    seed: int = 0,
+    names: Names = "published",
+    image_size: int = 28,
+    text: dict[str, Any] | None = None,
+    **vision: Any,
+) -> Any:
     """4 text layers of 64 (4 heads of 16, 2 K,V heads), cross attention in 1 and 3; tower 3 local and 2 global layers
     of 32, up to 4 tiles of `image_size` (28: 5 tokens a tile)."""
     from transformers import MllamaConfig, MllamaForConditionalGeneration
@@ -159,6 +181,7 @@ def tiny_mllama(folder: Path, *, seed: int = 0, names: Names = "published", imag
         "bos_token_id": token_id("<|begin_of_text|>"),
         "eos_token_id": stops,
         "pad_token_id": token_id("<|finetune_right_pad_id|>"),
+        **(text or {}),
     }
     vision_config = {
         "hidden_size": 32,

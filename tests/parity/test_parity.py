@@ -14,34 +14,21 @@ import torch
 from parity_helpers import (
     FAMILIES,
     IMAGE_FAMILIES,
+    SIZES,
     Answer,
     Oracle,
     Part,
+    Turns,
     ask,
     assert_bfloat16_errs_like_hf,
     assert_same,
+    question,
     serving,
 )
 
 from lightvl.engine import memory
 
-Turns = list[tuple[str, list[Part]]]
 GetOracle = Callable[[str], Oracle]
-
-SIZES = [(28, 28), (100, 57), (33, 160), (260, 40), (9, 11), (203, 190), (57, 58)]
-
-
-def question(num_images: int, case: int, *, words: str = "What is in these pictures?") -> Turns:
-    """Images of odd sizes at various places: first, between texts, after the text, two in a row."""
-    images: list[Part] = [(*SIZES[(case + i) % len(SIZES)], 31 * case + i) for i in range(num_images)]
-    layouts: list[list[Part]] = [
-        [*images, words],
-        [piece for image in images for piece in ("See", image)] + [words],
-        [words, *images],
-    ]
-    turns: Turns = [("system", ["Be brief."])] if case % 2 else []
-    return [*turns, ("user", layouts[case % 3])]
-
 
 GRID = [
     (family, num_images, chunk)
