@@ -1,6 +1,7 @@
 """Shared between test areas: tiny random text models by transformers, and a Decoder driven without the engine.
 
     tiny_llama(dir)  tiny_qwen2(dir)  tiny_mistral(dir)      weights and config only; returns the HF model, float32
+    load_model(dir)                                          ours, built and filled
     Drive(decoder, attention, page_size).step(rows)          one step over any mixture of rows, pages given at random
 Complete vision-language checkpoints (with tokenizer and processor files) are made by tiny_models.py.
 """
@@ -16,6 +17,8 @@ import torch
 
 from lightvl.attention.base import AttentionBackend, CrossInputs, CrossSpan, FeatureRows, SelfInputs, StepInputs
 from lightvl.models.decoder import Decoder
+from lightvl.models.load import LoadFormat
+from lightvl.models.model import Model, build_model
 
 SIZES = {
     "vocab_size": 320,
@@ -61,6 +64,19 @@ def save_tiny(model_class: Any, config: Any, folder: Path, seed: int = 0, **save
                 value.normal_(std=0.5 if "embed" in name or "lm_head" in name else value.shape[-1] ** -0.5)
     model.tie_weights()
     model.save_pretrained(folder, **save)
+    return model
+
+
+def load_model(
+    folder: Path,
+    dtype: torch.dtype = torch.float32,
+    *,
+    load_format: LoadFormat = "auto",
+    max_image_tokens: int | None = None,
+) -> Model:
+    """Ours, on the CPU. Raises ConfigError."""
+    model = build_model(folder, dtype=dtype, device=torch.device("cpu"), max_image_tokens=max_image_tokens)
+    model.load(folder, load_format)
     return model
 
 

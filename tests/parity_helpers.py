@@ -20,6 +20,7 @@ import oracle as text_models
 import tiny_models
 import torch
 from PIL import Image
+from published import QWEN_TEMPLATE, QWEN_TOKENS
 
 from lightvl.config import ServerConfig
 from lightvl.core import Finish, ImagePart, Message, SamplingParams, TextPart, TokenLogprob
@@ -159,15 +160,15 @@ def inputs_for(model: Any, inputs: dict[str, Any]) -> dict[str, Any]:
 
 def _add_text_tokenizer(folder: Path) -> None:
     """Text-only tiny models come without tokenizer files: they get Qwen's, whose ids fit their vocabulary."""
-    tokenizer = tiny_models._train_tokenizer(tiny_models.QWEN_TOKENS[:3], bos=None)
+    tokenizer = tiny_models._train_tokenizer(QWEN_TOKENS[:3], bos=None)
     tiny_models._save_tokenizer(
         folder,
         tokenizer,
-        tiny_models.QWEN_TOKENS[:3],
+        QWEN_TOKENS[:3],
         tokenizer_class="PreTrainedTokenizerFast",
         eos_token="<|im_end|>",
         pad_token="<|endoftext|>",
-        chat_template=tiny_models.QWEN_TEMPLATE,
+        chat_template=QWEN_TEMPLATE,
     )
 
 

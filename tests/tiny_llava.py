@@ -16,7 +16,8 @@ from typing import Any, Literal
 
 import tiny_models
 import torch
-from tiny_models import CLIP_MEAN, CLIP_STD, LLAMA_TOKENS, QWEN_TOKENS, SENTENCES
+from published import CLIP_MEAN, CLIP_STD, LLAMA_TOKENS, QWEN_TOKENS
+from tiny_models import SENTENCES
 
 SIDE = {"clip": 56, "siglip": 60}  # 60: 4 pixels at the end belong to no patch, as in SigLIP's 384
 CLIP_FOLDER, SIGLIP_FOLDER = "clip-vit-large-patch14-336", "siglip-so400m-patch14-384"
@@ -376,7 +377,7 @@ def _save_tokenizer(folder: Path, row: Row) -> Any:
             tokenizer.save_pretrained(folder)
             (folder / "chat_template.jinja").unlink(missing_ok=True)
         return tokenizer
-    tokens = LLAMA_TOKENS[:-1] if row.tokenizer == "llama3" else QWEN_TOKENS[:3]
+    tokens = LLAMA_TOKENS if row.tokenizer == "llama3" else QWEN_TOKENS[:3]
     if row.tokenizer == "qwen_image" or row.architecture is None:
         tokens = [*tokens, "<image>"]
     bos = "<|begin_of_text|>" if row.tokenizer == "llama3" else None

@@ -14,44 +14,20 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
+from published import CLIP_MEAN, CLIP_STD, LLAMA_TEMPLATE, QWEN_TEMPLATE, QWEN_TOKENS
+from published import LLAMA_TOKENS as LLAMA_TEXT_TOKENS
 
 Names = Literal["published", "memory"]
 """Checkpoint style: as the published checkpoints have it (Qwen2-VL's flat config and `visual.…` names, mllama's
 `language_model.model.…`), or transformers 5's in-memory names with nested configs."""
 
-CLIP_MEAN = [0.48145466, 0.4578275, 0.40821073]
-CLIP_STD = [0.26862954, 0.26130258, 0.27577711]
-QWEN_TOKENS = [
-    *("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|object_ref_start|>", "<|object_ref_end|>", "<|box_start|>"),
-    *("<|box_end|>", "<|quad_start|>", "<|quad_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>"),
-    *("<|image_pad|>", "<|video_pad|>"),
-]
-LLAMA_TOKENS = [
-    *("<|begin_of_text|>", "<|end_of_text|>", "<|reserved_special_token_0|>", "<|reserved_special_token_1|>"),
-    *("<|finetune_right_pad_id|>", "<|step_id|>", "<|start_header_id|>", "<|end_header_id|>", "<|eom_id|>"),
-    *("<|eot_id|>", "<|python_tag|>", "<|image|>"),  # <|image|>: the first id past the text vocabulary, as published
-]
+LLAMA_TOKENS = [*LLAMA_TEXT_TOKENS, "<|image|>"]  # the first id past the text vocabulary, as published
 SENTENCES = [
     "You are a helpful assistant. What is in this image? Describe the picture in a few words.",
     "The quick brown fox jumps over the lazy dog, and the cat sat on the mat.",
     "system user assistant: a red circle above a blue square; two green triangles on the left.",
     'How many are there? One, two, three, 4, 5. {"colour": "red", "count": 2}\n\n',
 ]
-QWEN_TEMPLATE = (
-    "{% for message in messages %}{% if loop.first and message['role'] != 'system' %}<|im_start|>system\nYou are a "
-    "helpful assistant.<|im_end|>\n{% endif %}<|im_start|>{{ message['role'] }}\n{% if message['content'] is string %}"
-    "{{ message['content'] }}<|im_end|>\n{% else %}{% for content in message['content'] %}{% if content['type'] == "
-    "'image' or 'image' in content or 'image_url' in content %}<|vision_start|><|image_pad|><|vision_end|>{% elif "
-    "'text' in content %}{{ content['text'] }}{% endif %}{% endfor %}<|im_end|>\n{% endif %}{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
-)
-LLAMA_TEMPLATE = (
-    "{{ bos_token }}{% for message in messages %}<|start_header_id|>{{ message['role'] }}<|end_header_id|>\n\n"
-    "{% if message['content'] is string %}{{ message['content'] }}{% else %}{% for content in message['content'] %}"
-    "{% if content['type'] == 'image' %}<|image|>{% elif content['type'] == 'text' %}{{ content['text'] }}{% endif %}"
-    "{% endfor %}{% endif %}<|eot_id|>{% endfor %}"
-    "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
-)
 
 
 def tiny_qwen2_vl(

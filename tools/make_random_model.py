@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from demo_training.tokenizer import CHAT_TEMPLATE, CONTROL_TOKENS, SPLIT, corpus
+from demo_training.tokenizer import SPLIT, corpus
+from published import CLIP_MEAN, CLIP_STD, LLAMA_TEMPLATE, LLAMA_TOKENS, QWEN_TEMPLATE, QWEN_TOKENS
 from safetensors.torch import save_file
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from tqdm import tqdm
@@ -30,16 +31,7 @@ SHARD_BYTES = 2 << 30
 NUM_DRAWN = (1 << 24) + 43  # numbers drawn once; tensors are cut from them, because drawing billions takes minutes
 NUM_LEARNED = 4096  # tokens learned from text; the rest of the vocabulary is filled up
 
-CLIP_MEAN = [0.48145466, 0.4578275, 0.40821073]
-CLIP_STD = [0.26862954, 0.26130258, 0.27577711]
 LLAMA_SPLIT = SPLIT.replace(r"\p{N}|", r"\p{N}{1,3}|")
-LLAMA_TEMPLATE = (
-    "{{ bos_token }}{% for message in messages %}<|start_header_id|>{{ message['role'] }}<|end_header_id|>\n\n"
-    "{% if message['content'] is string %}{{ message['content'] }}{% else %}{% for content in message['content'] %}"
-    "{% if content['type'] == 'image' %}<|image|>{% elif content['type'] == 'text' %}{{ content['text'] }}{% endif %}"
-    "{% endfor %}{% endif %}<|eot_id|>{% endfor %}"
-    "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
-)
 
 
 @dataclass(frozen=True)
@@ -58,7 +50,7 @@ def qwen2_vl(
     text: dict[str, Any], vision: dict[str, Any], *, vocab_size: int, first_special: int = 151643
 ) -> Checkpoint:
     """Qwen2-VL, or Qwen2.5-VL where `vision` has windows."""
-    ids = {token: first_special + i for i, token in enumerate(CONTROL_TOKENS)}
+    ids = {token: first_special + i for i, token in enumerate(QWEN_TOKENS)}
     is_2_5 = "window_size" in vision
     config = {
         "architectures": [f"Qwen2{'_5_' if is_2_5 else ''}VLForConditionalGeneration"],
@@ -120,7 +112,7 @@ def qwen2_vl(
         tokenizer_config={
             "add_prefix_space": False,
             "bos_token": None,
-            "chat_template": CHAT_TEMPLATE,
+            "chat_template": QWEN_TEMPLATE,
             "eos_token": "<|im_end|>",
             "errors": "replace",
             "model_max_length": 32768,
@@ -136,10 +128,8 @@ def qwen2_vl(
 def llama_vision(text: dict[str, Any], vision: dict[str, Any], *, vocab_size: int = 128256) -> Checkpoint:
     """Llama-3.2-Vision: 256 control tokens end the vocabulary, <|image|> comes after it."""
     first = vocab_size - 256
-    named = ["begin_of_text", "end_of_text", "reserved_special_token_0", "reserved_special_token_1"]
-    named += ["finetune_right_pad_id", "step_id", "start_header_id", "end_header_id", "eom_id", "eot_id", "python_tag"]
-    named += [f"reserved_special_token_{i}" for i in range(2, 2 + 256 - len(named))]
-    ids = {f"<|{name}|>": first + i for i, name in enumerate(named)} | {"<|image|>": vocab_size}
+    tokens = LLAMA_TOKENS + [f"<|reserved_special_token_{i}|>" for i in range(2, 2 + 256 - len(LLAMA_TOKENS))]
+    ids = {token: first + i for i, token in enumerate(tokens)} | {"<|image|>": vocab_size}
     stops = [ids["<|end_of_text|>"], ids["<|eom_id|>"], ids["<|eot_id|>"]]
     bos, pad = ids["<|begin_of_text|>"], ids["<|finetune_right_pad_id|>"]
     config = {

@@ -14,13 +14,14 @@ from dataclasses import dataclass, field
 import torch
 
 from lightvl.attention.base import AttentionBackend, EncoderAttention
+from lightvl.engine.stream import to_device
 from lightvl.models.family import Encoding
 from lightvl.models.model import Model
 from lightvl.scheduling.plan import EncodeWork
 
 logger = logging.getLogger(__name__)
 
-JOB_PATCHES = {"cpu": 1024, "cuda": 65536}
+JOB_PATCHES = {"cpu": 1024, "cuda": 16384}
 """Most patches of a job of several images. On a CPU more gain nothing, and the first image would wait for the last."""
 
 
@@ -110,7 +111,8 @@ class FeatureStore:
             chosen.append(work)
         if not chosen:
             return None
-        images = [(self._pixels.pop(work.image.key), work.image.media.layout) for work in chosen]
+        device = self._model.device
+        images = [(to_device(self._pixels.pop(work.image.key), device), work.image.media.layout) for work in chosen]
         encoding = self._model.family.encode(images, self._encoder_attention)
         job = _Job(encoding, dict(enumerate(chosen)), is_shared=len(chosen) > 1)
         self._jobs.update((work.image.key, job) for work in chosen)

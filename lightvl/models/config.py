@@ -1,4 +1,7 @@
-"""The decoder's sizes and options, read from a checkpoint's config.json. The only place where HF field names appear.
+"""The decoder's sizes and options, read from a checkpoint's config.json.
+
+HF's field names end here, and for towers in vision/config.py and vision/llava_config.py; only `architectures` is read
+elsewhere too, by families/, to choose the family.
 
 Reads both shapes of file: flat (published Qwen2-VL, text-only models) and nested (`text_config`), written by
 transformers 4 (`rope_scaling`, `rope_theta`, `torch_dtype`) or 5 (`rope_parameters`, `dtype`). What the decoder cannot

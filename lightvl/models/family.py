@@ -76,6 +76,6 @@ class Family(Protocol):
         ...
 
     def encode(self, images: Sequence[tuple[torch.Tensor, ImageLayout]], attention: EncoderAttention) -> Encoding:
-        """Pixels and layout of each image. All go through the tower together, but for what is too much at once on a
-        CPU; each one's features are what they would be alone."""
+        """Pixels, on the model's device, and layout of each image. All go through the tower together, but for what is
+        too much at once on a CPU; each one's features are what they would be alone."""
         ...

@@ -1,5 +1,5 @@
 """Weights from a checkpoint folder into the parts of a model: each checkpoint name used or excused, each target filled
-once. Called by `model.load_model`; the parts declare beside their own parameters which names fill them.
+once. Called by `Model.load`; the parts declare beside their own parameters which names fill them.
 
 Knows nothing about layers or families: a part is a dict from names to targets, and the regular expressions that strip
 the prefixes under which checkpoints of different ages carry these names.

@@ -46,17 +46,3 @@ def build_model(
         family = build_family(hf_config, checkpoint, dtype=dtype, device=device, max_image_tokens=max_image_tokens)
         decoder = Decoder(family.decoder_config, dtype, device)
     return Model(decoder, family, family.decoder_config, dtype, device)
-
-
-def load_model(
-    checkpoint: Path,
-    *,
-    dtype: torch.dtype,
-    device: torch.device,
-    load_format: LoadFormat = "auto",
-    max_image_tokens: int | None = None,
-) -> Model:
-    """Built and filled. Raises ConfigError."""
-    model = build_model(checkpoint, dtype=dtype, device=device, max_image_tokens=max_image_tokens)
-    model.load(checkpoint, load_format)
-    return model

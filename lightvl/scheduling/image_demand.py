@@ -9,7 +9,7 @@ from lightvl.scheduling.forks import ForkGroups
 from lightvl.scheduling.image_store import ImageStore
 from lightvl.scheduling.sequence import Sequence, SequenceState
 
-MAX_PREFETCHED = 4  # encodes begun ahead of need, and waiting sequences looked at for them
+MAX_PREFETCHED = 16  # encodes under way before none is begun ahead of need, and waiting sequences looked at for them
 
 
 class ImageDemand:
@@ -50,15 +50,19 @@ class ImageDemand:
             if alloc.prefilling and not self._prefetch_for(alloc.sequence, alloc.sequence.num_scheduled):
                 return
         for _, sequence in zip(range(MAX_PREFETCHED), self._waiting, strict=False):
-            if not sequence.prompt.images or self._waiting.waits_for_prefix(sequence):
+            if not sequence.prompt.images:
                 continue
-            if not self._prefetch_for(sequence, self._waiting.num_matched(sequence)):
+            # whoever computes the prefix that it waits for may go on to compute their common images, but no others
+            own_only = self._waiting.waits_for_prefix(sequence)
+            if not self._prefetch_for(sequence, self._waiting.num_matched(sequence), own_only=own_only):
                 return
 
-    def _prefetch_for(self, sequence: Sequence, start: int) -> bool:
-        """False where no more should be begun for anyone."""
+    def _prefetch_for(self, sequence: Sequence, start: int, *, own_only: bool = False) -> bool:
+        """False where no more should be begun for anyone. `own_only`: no images that another request has too."""
         for image in sequence.prompt.images:
             if image.end_row <= start or self._images.get(image.key) is not None:
+                continue
+            if own_only and any(self._forks.leader(other) is not sequence for other in self._wanted_by[image.key]):
                 continue
             if self._images.num_encoding >= MAX_PREFETCHED or not self._images.prefetch(image, self._wanted_by):
                 return False

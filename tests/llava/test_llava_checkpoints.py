@@ -13,14 +13,14 @@ from typing import Any
 import pytest
 import torch
 from llava_helpers import LlavaOracle
+from oracle import load_model
 from safetensors.torch import load_file, save_file
 
 from lightvl.config import ServerConfig
 from lightvl.engine.build import build_service
 from lightvl.errors import ConfigError
 from lightvl.metrics import Metrics
-from lightvl.models.families.llava import template_name
-from lightvl.models.model import load_model
+from lightvl.models.vision.llava_config import template_name
 from lightvl.prompt.template import ClientText, Control, ImageSlot
 from lightvl.prompt.tokenizer import Tokenizer
 
@@ -40,7 +40,7 @@ def copy_of(oracle_of: GetOracle, tmp_path: Path) -> Callable[[str], Path]:
 
 
 def load(folder: Path) -> Any:
-    return load_model(folder, dtype=torch.float32, device=CPU)
+    return load_model(folder)
 
 
 def edit(file: Path, **fields: Any) -> None:

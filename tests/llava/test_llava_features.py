@@ -16,7 +16,9 @@ import numpy as np
 import pytest
 import torch
 from llava_helpers import LlavaOracle
+from oracle import load_model
 from parity_helpers import noise_image
+from PIL import Image
 from tiny_llava import ROWS, SIDE
 from vision_helpers import features_together
 
@@ -24,7 +26,8 @@ from lightvl.attention.cpu import encoder_attention
 from lightvl.errors import BadRequest
 from lightvl.models.families import build_family
 from lightvl.models.families.llava_anyres import padded_view
-from lightvl.models.model import Model, load_model
+from lightvl.models.model import Model
+from lightvl.models.vision import clip_siglip
 
 GetOracle = Callable[[str], LlavaOracle]
 CPU = torch.device("cpu")
@@ -34,7 +37,7 @@ KINDS += ["llava-next-interleave-qwen-7b", "llava-interleave-qwen-7b-hf"]
 
 
 def load(folder: Path, max_image_tokens: int | None = None) -> Model:
-    return load_model(folder, dtype=torch.float32, device=CPU, max_image_tokens=max_image_tokens)
+    return load_model(folder, max_image_tokens=max_image_tokens)
 
 
 def features_of(model: Model, image: Any, num_images: int = 1) -> torch.Tensor:
@@ -78,6 +81,33 @@ def test_several_images(oracle_of: GetOracle, name: str) -> None:
     images = [noise_image(*size, seed) for seed, size in enumerate(SIZES[:5])]
     for image, want in zip(images, oracle.features(oracle.process(images)), strict=True):
         assert_close(features_of(model, image, num_images=len(images)), want)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_images_together_are_the_same_as_alone(
+    oracle_of: GetOracle, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One view and many, in one encode, whose groups of views begin and end anywhere in an image."""
+    oracle = oracle_of(name)
+    model = load(oracle.folder)
+    images = [np.asarray(noise_image(*size, seed)) for seed, size in enumerate(SIZES[:7])]
+    monkeypatch.setattr(clip_siglip, "PAUSE_ROWS", 17 * 4)
+    together = features_together(model.family, images)
+    for image, got in zip(images, together, strict=True):
+        (want,) = oracle.features(oracle.process([Image.fromarray(image)]))
+        assert_close(got, want)
+        torch.testing.assert_close(got, features_together(model.family, [image])[0])
+
+
+def test_an_image_is_done_with_its_last_view(oracle_of: GetOracle, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first one does not wait for the others of its job."""
+    family = load(oracle_of("llava-1.5-7b-hf").folder).family
+    layout = family.plan_image(57, 43, num_images=1)
+    inputs = [(family.preprocess(np.asarray(noise_image(57, 43, seed)), layout), layout) for seed in range(5)]
+    monkeypatch.setattr(clip_siglip, "PAUSE_ROWS", 17 * 2)
+    with torch.inference_mode():
+        done = [sorted(features) for features in family.encode(inputs, encoder_attention) if features is not None]
+    assert done == [[0, 1], [2, 3], [4]]
 
 
 def test_one_view_and_tiles_of_an_image_have_different_identities(oracle_of: GetOracle) -> None:
@@ -286,8 +316,6 @@ def test_padding_takes_the_mean_colour_and_the_middle() -> None:
 
 
 def test_views_are_encoded_in_bounded_groups(oracle_of: GetOracle, monkeypatch: pytest.MonkeyPatch) -> None:
-    from lightvl.models.vision import clip_siglip
-
     oracle = oracle_of("llava-onevision-qwen2-7b-ov-hf")
     model, image = load(oracle.folder), noise_image(500, 333, 0)
     whole = features_of(model, image)

@@ -11,12 +11,12 @@ from typing import Any
 
 import pytest
 import torch
-from oracle import Drive, DriveRow, tiny_llama, tiny_mistral, tiny_qwen2
+from oracle import Drive, DriveRow, load_model, tiny_llama, tiny_mistral, tiny_qwen2
 from tiny_models import tiny_qwen2_5_vl, tiny_qwen2_vl
 
 from lightvl.attention.cpu import CpuAttention
 from lightvl.models.decoder import Decoder
-from lightvl.models.model import Model, load_model
+from lightvl.models.model import Model
 
 LLAMA3 = {
     "rope_type": "llama3",
@@ -39,7 +39,7 @@ MODELS: dict[str, Callable[[Path], Any]] = {
 
 
 def load(folder: Path, dtype: torch.dtype = torch.float32) -> Model:
-    return load_model(folder, dtype=dtype, device=torch.device("cpu"))
+    return load_model(folder, dtype)
 
 
 def drive(decoder: Decoder, page_size: int = 4, **cross: int) -> Drive:

@@ -7,22 +7,21 @@ from pathlib import Path
 
 import pytest
 import torch
-from oracle import Drive, DriveRow, tiny_llama
+from oracle import Drive, DriveRow, load_model, tiny_llama
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from lightvl.attention.cpu import CpuAttention
 from lightvl.errors import ConfigError
 from lightvl.models.linear import Linear
-from lightvl.models.load import WeightPart, load_weights, module_targets, resolve_checkpoint
-from lightvl.models.model import load_model
+from lightvl.models.load import LoadFormat, WeightPart, load_weights, module_targets, resolve_checkpoint
 
 CPU = torch.device("cpu")
 IDS = [5, 9, 200, 31, 7]
 
 
-def logits(folder: Path, load_format: str = "auto") -> torch.Tensor:
-    model = load_model(folder, dtype=torch.float32, device=CPU, load_format=load_format)  # type: ignore[arg-type]
+def logits(folder: Path, load_format: LoadFormat = "auto") -> torch.Tensor:
+    model = load_model(folder, load_format=load_format)
     backend = CpuAttention(model.config.kv_shape, num_pages=4, page_size=4, dtype=torch.float32)
     return Drive(model.decoder, backend, page_size=4, num_pages=4).step([DriveRow("a", IDS)])[0]
 

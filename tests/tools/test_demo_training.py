@@ -13,9 +13,10 @@ transformers = pytest.importorskip("transformers")
 sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
 
 from demo_training import cases, guide, labels, model, questions, samples, scenes  # noqa: E402
-from demo_training.tokenizer import CHAT_TEMPLATE, CONTROL_TOKENS, train_tokenizer  # noqa: E402
+from demo_training.tokenizer import train_tokenizer  # noqa: E402
 from hypothesis import given, settings  # noqa: E402
 from hypothesis import strategies as st  # noqa: E402
+from published import QWEN_TEMPLATE, QWEN_TOKENS  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +99,7 @@ def _tokenizer_once(known=[]):  # noqa: B006 (hypothesis cannot take fixtures of
 
 
 def test_control_tokens_are_one_token_each(tokenizer):
-    assert all(tokenizer.encode(token).ids == [tokenizer.token_to_id(token)] for token in CONTROL_TOKENS)
+    assert all(tokenizer.encode(token).ids == [tokenizer.token_to_id(token)] for token in QWEN_TOKENS)
 
 
 def _views(built, batch):
@@ -181,7 +182,7 @@ def test_the_export_is_read_by_transformers_as_it_was(tokenizer, small_model, tm
     auto = transformers.AutoTokenizer.from_pretrained(tmp_path)
     text = "What’s in this image? <|image_pad|> 漢字"
     assert auto.encode(text) == tokenizer.encode(text).ids
-    assert auto.chat_template == CHAT_TEMPLATE
+    assert auto.chat_template == QWEN_TEMPLATE
     assert auto.apply_chat_template(
         [{"role": "user", "content": "Hi"}], tokenize=False, add_generation_prompt=True
     ) == (

@@ -7,7 +7,6 @@ Built by `families.build_family`. Knows nothing about requests; what the models 
 
 from __future__ import annotations
 
-import re
 from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,12 +18,12 @@ import torch
 from lightvl.attention.base import EncoderAttention
 from lightvl.errors import BadRequest
 from lightvl.images.transforms import MAX_ASPECT_RATIO, Pixels, patchify, resize
-from lightvl.models.config import decoder_config, decoder_type
+from lightvl.models.config import decoder_config
 from lightvl.models.families import llava_anyres as anyres
 from lightvl.models.family import Encoding, Expansion, ImageLayout
 from lightvl.models.load import WeightPart, module_targets
 from lightvl.models.vision.clip_siglip import ViewTower
-from lightvl.models.vision.llava_config import llava_config
+from lightvl.models.vision.llava_config import llava_config, template_name
 from lightvl.models.vision.projector import Newline, Projector
 
 
@@ -179,18 +178,3 @@ class LlavaFamily:
             picture = anyres.show(picture, anyres.Shown((skip_high, skip_wide), (high, wide)))
             picture = torch.cat((picture, newline.expand(high, 1, -1)), 1)
         return torch.cat((views[0], picture.flatten(0, 1)))
-
-
-def template_name(hf_config: dict[str, Any], checkpoint: Path) -> str:
-    """The built-in template of a checkpoint that has none, by its language model. Llamas are told apart by vocabulary
-    and name; of a path, only the folder and the hub's `models--owner--name` are names."""
-    decoder = decoder_type(hf_config)
-    if decoder != "llama":
-        return "mistral-llava" if decoder == "mistral" else "chatml-llava"
-    text = hf_config.get("text_config") or {}
-    of_hub = [part for part in checkpoint.parts if part.startswith("models--")]
-    names = " ".join(map(str, (hf_config.get("_name_or_path"), text.get("_name_or_path"), checkpoint.name, *of_hub)))
-    vocab_size = text.get("vocab_size") or hf_config.get("vocab_size") or 0
-    if vocab_size >= 128000 or re.search(r"llama-?3", names, re.IGNORECASE):
-        return "llava_llama_3"
-    return "chatml-llava" if 64000 <= vocab_size < 65000 or re.search(r"\b34b\b", names) else "vicuna_v1.1"

@@ -44,7 +44,7 @@ class ViewTower(nn.Module):
         view_len = self._config.view_len
         size = max(1, PAUSE_ROWS // view_len) if self._device.type == "cpu" else len(views)
         for group in torch.split(views, size):
-            x = self.embeddings(group.to(self._device))
+            x = self.embeddings(group)
             if self._config.has_class_token:
                 x = self.pre_layrnorm(x)
             x = x.flatten(0, 1)

@@ -1,7 +1,7 @@
 """Shapes and pixel settings of vision towers, out of config.json's `vision_config` and preprocessor_config.json.
 
-Called by the families when they are built. As in `models/config.py`, HF's field names appear here and no further: what
-leaves this module has one spelling. Raises ConfigError, naming the field, for what a tower cannot serve.
+Called by the families when they are built. As in `models/config.py`, HF's field names end here: what leaves this module
+has one spelling. Raises ConfigError, naming the field, for what a tower cannot serve.
 """
 
 from __future__ import annotations

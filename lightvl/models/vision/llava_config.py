@@ -1,6 +1,6 @@
-"""What a LLaVA checkpoint says about its images, out of both formats: HF's (`LlavaForConditionalGeneration`...) and the
-original one (`LlavaLlamaForCausalLM`...), whose config.json has the language model's sizes at top level and only the
-name of its vision tower.
+"""What a LLaVA checkpoint says about its images and, by its names, about its template, out of both formats: HF's
+(`LlavaForConditionalGeneration`...) and the original one (`LlavaLlamaForCausalLM`...), whose config.json has the
+language model's sizes at top level and only the name of its vision tower.
 
 Called by families/llava.py when it is built. HF's and LLaVA's field names end here. Raises ConfigError, naming the
 field, for what is not served.
@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from lightvl.errors import ConfigError
 from lightvl.images.transforms import Grid
-from lightvl.models.config import ORIGINAL_LLAVA, decoder_config, read_config
+from lightvl.models.config import ORIGINAL_LLAVA, decoder_config, decoder_type, read_config
 from lightvl.models.load import resolve_checkpoint
 from lightvl.models.shards import weight_names
 from lightvl.models.vision.config import (
@@ -84,6 +84,21 @@ def llava_config(hf_config: Mapping[str, Any], checkpoint: Path) -> LlavaConfig:
     if architecture in ORIGINAL_LLAVA:
         return _original(hf_config, checkpoint)
     return _hf(hf_config, checkpoint, architecture)
+
+
+def template_name(hf_config: Mapping[str, Any], checkpoint: Path) -> str:
+    """The built-in template of a checkpoint that has none, by its language model. Llamas are told apart by vocabulary
+    and name; of a path, only the folder and the hub's `models--owner--name` are names."""
+    decoder = decoder_type(dict(hf_config))
+    if decoder != "llama":
+        return "mistral-llava" if decoder == "mistral" else "chatml-llava"
+    text = hf_config.get("text_config") or {}
+    of_hub = [part for part in checkpoint.parts if part.startswith("models--")]
+    names = " ".join(map(str, (hf_config.get("_name_or_path"), text.get("_name_or_path"), checkpoint.name, *of_hub)))
+    vocab_size = text.get("vocab_size") or hf_config.get("vocab_size") or 0
+    if vocab_size >= 128000 or re.search(r"llama-?3", names, re.IGNORECASE):
+        return "llava_llama_3"
+    return "chatml-llava" if 64000 <= vocab_size < 65000 or re.search(r"\b34b\b", names) else "vicuna_v1.1"
 
 
 def _hf(hf_config: Mapping[str, Any], checkpoint: Path, architecture: str) -> LlavaConfig:

@@ -55,7 +55,7 @@ class MllamaTower(nn.Module):
         each. Yields None several times a layer, at last (all real tiles * tile_len, feature_size), image after image.
         """
         config = self._config
-        x = torch.cat([self._embed(patches.to(self._device), ratio_id) for patches, ratio_id in images])
+        x = torch.cat([self._embed(patches, ratio_id) for patches, ratio_id in images])
         by_image = x.view(len(images), -1, x.shape[-1])
         attend = _RealAndPadding(
             [len(patches) * config.tile_len for patches, _ in images], by_image.shape[1], attention, self._device

@@ -53,7 +53,6 @@ class QwenTower(nn.Module):
         config, per_token = self._config, self._config.merge**2
         order, window_lens = _order_of_all(grids, config)
         order = order.to(self._device)
-        patches = patches.to(self._device)
         if config.window:  # bytes are the cheapest thing to reorder
             patches = patches.view(len(order), -1)[order].view(len(patches), -1)
         x = self.patch_embed(patches)
