@@ -17,8 +17,9 @@ from pathlib import Path
 import torch
 from demo_training.evaluate import evaluate, table
 from demo_training.guide import Guide, look_loss
-from demo_training.model import answer_loss, build_model, encode_images, export
-from demo_training.samples import Writer, make_batch
+from demo_training.model import Architecture, answer_loss
+from demo_training.qwen2_vl import Qwen2VL
+from demo_training.samples import make_batch
 from demo_training.sight import learn_to_see, make_head, name_loss
 from demo_training.tokenizer import train_tokenizer
 from tokenizers import Tokenizer
@@ -68,80 +69,115 @@ def train(args: argparse.Namespace) -> None:
     tokenizer_path = args.work / "tokenizer.json"
     tokenizer = Tokenizer.from_file(str(tokenizer_path)) if tokenizer_path.exists() else train_tokenizer()
     tokenizer.save(str(tokenizer_path))
-    model = build_model(tokenizer, args.seed).train()
-    head = make_head(model)
-    optimizer = make_optimizer(torch.nn.ModuleList([model, head]), args.lr)
-    clock = Clock(args.steps, args.minutes)
-    checkpoint = args.work / "checkpoint.pt"
-    if checkpoint.exists():
-        state = torch.load(checkpoint, weights_only=True)
-        model.load_state_dict(state["model"])
-        head.load_state_dict(state["head"])
-        optimizer.load_state_dict(state["optimizer"])
-        clock.step, clock.seconds_before = state["step"], state["seconds"]
-    clock.started = time.monotonic()
-
-    def save() -> None:
-        state = {
-            "model": model.state_dict(),
-            "head": head.state_dict(),
-            "optimizer": optimizer.state_dict(),
-            "step": clock.step,
-            "seconds": clock.seconds,
-        }
-        torch.save(state, checkpoint.with_suffix(".partial"))
-        checkpoint.with_suffix(".partial").rename(checkpoint)
-
-    if clock.step == 0:
-        learn_to_see(model, head, args.seed, args.sight_steps, args.sight_rows, args.sight_lr, not args.float32)
-        save()
-    guide = Guide(tokenizer)
-    writer, saved, evaluated = Writer(tokenizer), clock.seconds, clock.seconds
-    log_path = args.work / "loss.csv"
-    with log_path.open("a", newline="") as log_file, tqdm(initial=clock.step, total=args.steps, mininterval=10) as bar:
-        log = csv.writer(log_file)
-        mean_loss = 0.0
-        while clock.progress < 1:
-            lr = learning_rate(args.lr, clock)
-            for group in optimizer.param_groups:
-                group["lr"] = lr
-            batch = make_batch(writer, args.seed, clock.step, args.rows)
-            with torch.autocast("cpu", torch.bfloat16, enabled=not args.float32):
-                views = [encode_images(model, group) for group in batch.images]
-                looks: dict[int, torch.Tensor] = {}
-                loss = answer_loss(model, batch, views, looks)
-                guided, shares = look_loss(guide.targets(batch), looks)
-                named = [
-                    name_loss(head, view, group.labels)[0] for view, group in zip(views, batch.images, strict=True)
-                ]
-            (loss + args.sight_weight * sum(named) + args.look_weight * guided).backward()
-            norm = float(torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0))
-            if math.isfinite(norm):
-                optimizer.step()
-            optimizer.zero_grad(set_to_none=True)
-            clock.step += 1
-            value = float(loss.detach())
-            mean_loss = value if not mean_loss else 0.98 * mean_loss + 0.02 * value
-            log.writerow([clock.step, f"{clock.seconds:.1f}", f"{value:.4f}", f"{lr:.6f}", f"{norm:.3f}"])
-            bar.update()
-            if clock.step % 10 == 0:
-                looked = " ".join(f"{share:.2f}" for share in shares.values())
-                bar.set_postfix(loss=f"{mean_loss:.3f}", looked=looked, done=f"{clock.progress:.0%}", refresh=False)
-                log_file.flush()
-            if clock.seconds - saved > 60 * args.save_minutes:
-                save()
-                saved = clock.seconds
-            if clock.seconds - evaluated > 60 * args.eval_minutes:
-                export(model, tokenizer, args.work / "export")
-                bar.write(
-                    f"step {clock.step}, loss {mean_loss:.3f}\n" + table(evaluate(args.work / "export", range(88), 60))
-                )
-                evaluated = clock.seconds
-    save()
-    export(model, tokenizer, args.out)
-    print(f"{clock.step} steps, {clock.seconds / 60:.1f} minutes, loss {mean_loss:.4f}")
+    net = Qwen2VL(tokenizer, args.seed)
+    net.model.train()
+    torch.manual_seed(args.seed + 1)
+    head = make_head(net.feature_size)
+    learn_to_see(
+        net.encode,
+        net.tower,
+        head,
+        args.work / "sight.pt",
+        seed=args.seed,
+        num_steps=args.sight_steps,
+        num_images=args.sight_rows,
+        peak=args.sight_lr,
+        autocast=not args.float32,
+    )
+    run = Run(args, net, head, Guide(tokenizer))
+    run.restore()
+    run.go()
+    net.export(args.out)
+    print(f"{run.clock.step} steps, {run.clock.seconds / 60:.1f} minutes, loss {run.mean_loss:.4f}")
     print(table(evaluate(args.out, range(args.final_cases), 600)), flush=True)
-    plot(log_path)
+    plot(args.work / "loss.csv")
+
+
+class Run:
+    """Training on answers: everything that a checkpoint keeps, and one step after the other."""
+
+    def __init__(self, args: argparse.Namespace, net: Architecture, head: torch.nn.Module, guide: Guide) -> None:
+        self.args, self.net, self.model, self.head = args, net, net.model, head
+        self.writer, self.guide = net.writer(), guide
+        self.optimizer = make_optimizer(torch.nn.ModuleList([net.model, head]), args.lr)
+        self.clock = Clock(args.steps, args.minutes)
+        self.mean_loss = 0.0
+        self.checkpoint = args.work / "checkpoint.pt"
+
+    def restore(self) -> None:
+        """Goes on from the checkpoint where there is one."""
+        if self.checkpoint.exists():
+            state = torch.load(self.checkpoint, weights_only=True)
+            self.model.load_state_dict(state["model"])
+            self.head.load_state_dict(state["head"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.clock.step, self.clock.seconds_before = state["step"], state["seconds"]
+
+    def save(self) -> None:
+        state = {
+            "model": self.model.state_dict(),
+            "head": self.head.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "step": self.clock.step,
+            "seconds": self.clock.seconds,
+        }
+        torch.save(state, self.checkpoint.with_suffix(".partial"))
+        self.checkpoint.with_suffix(".partial").rename(self.checkpoint)
+
+    def step(self) -> dict[str, float]:
+        """One batch forth and back; returns what the log tells."""
+        args = self.args
+        lr = learning_rate(args.lr, self.clock)
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+        batch = make_batch(self.writer, args.seed, self.clock.step, args.rows)
+        with torch.autocast("cpu", torch.bfloat16, enabled=not args.float32):
+            views = [self.net.encode(group) for group in batch.images]
+            looks: dict[int, torch.Tensor] = {}
+            loss = answer_loss(self.net, batch, views, looks)
+            guided, shares = look_loss(self.guide.targets(batch), looks)
+            named = [
+                name_loss(self.head, view, group.labels)[0] for view, group in zip(views, batch.images, strict=True)
+            ]
+        naming = sum(named) / max(len(named), 1)
+        (loss + args.sight_weight * naming + args.look_weight * guided).backward()
+        norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0))
+        if math.isfinite(norm):
+            self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        self.clock.step += 1
+        value = float(loss.detach())
+        self.mean_loss = value if not self.mean_loss else 0.98 * self.mean_loss + 0.02 * value
+        return {"loss": value, "lr": lr, "norm": norm, **{f"look{layer}": share for layer, share in shares.items()}}
+
+    def go(self) -> None:
+        """Trains to the end, with a log, checkpoints and now and then some held-out cases."""
+        args, clock = self.args, self.clock
+        clock.started = time.monotonic()
+        saved = evaluated = clock.seconds
+        with (
+            (args.work / "loss.csv").open("a", newline="") as log_file,
+            tqdm(initial=clock.step, total=args.steps, mininterval=20) as bar,
+        ):
+            log = csv.writer(log_file)
+            while clock.progress < 1:
+                told = self.step()
+                log.writerow(
+                    [clock.step, f"{clock.seconds:.1f}", *(f"{told[key]:.5f}" for key in ("loss", "lr", "norm"))]
+                )
+                bar.update()
+                looked = {key: f"{value:.2f}" for key, value in told.items() if key.startswith("look")}
+                bar.set_postfix(loss=f"{self.mean_loss:.3f}", **looked, done=f"{clock.progress:.0%}", refresh=False)
+                if clock.seconds - saved > 60 * args.save_minutes:
+                    self.save()
+                    log_file.flush()
+                    saved = clock.seconds
+                if clock.seconds - evaluated > 60 * args.eval_minutes:
+                    self.net.export(args.work / "export")
+                    scores = evaluate(args.work / "export", range(args.eval_cases), 60)
+                    bar.write(f"step {clock.step}, loss {self.mean_loss:.3f}\n" + table(scores))
+                    evaluated = clock.seconds
+        self.save()
 
 
 def plot(log_path: Path) -> None:
@@ -164,9 +200,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--minutes", type=float, help="training time; the schedule follows the clock")
     parser.add_argument("--steps", type=int, help="training steps; with this alone a run can be repeated exactly")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--rows", type=int, default=20, help="images of one step")
-    parser.add_argument("--sight-steps", type=int, default=1000, help="steps for the tower alone, before any text")
-    parser.add_argument("--sight-rows", type=int, default=32, help="images of one such step")
+    parser.add_argument("--rows", type=int, default=16, help="images of one step")
+    parser.add_argument("--sight-steps", type=int, default=8000, help="steps for the tower alone, before any text")
+    parser.add_argument("--sight-rows", type=int, default=16, help="images of one such step")
     parser.add_argument("--sight-lr", type=float, default=2e-3)
     parser.add_argument("--sight-weight", type=float, default=0.5, help="of naming tokens beside the answers' loss")
     parser.add_argument("--look-weight", type=float, default=0.5, help="of looking at what a word names")
@@ -174,7 +210,8 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--float32", action="store_true", help="without bf16 autocast (CPUs without bf16)")
     parser.add_argument("--save-minutes", type=float, default=3)
-    parser.add_argument("--eval-minutes", type=float, default=8)
+    parser.add_argument("--eval-minutes", type=float, default=10)
+    parser.add_argument("--eval-cases", type=int, default=62)
     parser.add_argument("--final-cases", type=int, default=220)
     args = parser.parse_args()
     if args.steps is None and args.minutes is None:

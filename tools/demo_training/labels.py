@@ -1,30 +1,71 @@
-"""What each image token shows, as class numbers: the truth that `sight` teaches."""
-
-from collections.abc import Sequence
+"""What each image token shows, as class numbers: the truth that `sight` teaches and `guide` points at."""
 
 import numpy as np
 
-from .scenes import COLOURS, PLACES, SHAPES, SIZES, Spot
+from .charts import HEIGHTS
+from .pictures import KINDS, UNIT, Picture
+from .prints import GLYPHS, MAX_LEN
+from .scenes import COLOURS, PLACES, SHAPES, SIZES
 
-UNIT = 28  # one image token is UNIT x UNIT pixels
-FIELDS = (len(COLOURS) + 1, len(SHAPES), len(SIZES), len(PLACES))  # colour (or the ground), shape, size, place
+# Field -> number of classes. The ground is a colour of its own; `glyph2` is the second glyph within one token; `order`
+# is the how-manieth thing, glyph or bar it is; `rank` is how many bars are taller; `center` is 1 in the one token where
+# a thing has its center.
+FIELDS = {
+    "picture": len(KINDS),
+    "colour": len(COLOURS) + 1,
+    "shape": len(SHAPES),
+    "size": len(SIZES),
+    "place": len(PLACES),
+    "order": MAX_LEN,
+    "glyph": len(GLYPHS) + 1,
+    "glyph2": len(GLYPHS) + 1,
+    "rank": len(HEIGHTS) - 1,
+    "center": 2,
+}
+FIELD_IDX = {name: idx for idx, name in enumerate(FIELDS)}
+NOTHING = {"colour": len(COLOURS), "glyph": len(GLYPHS), "glyph2": len(GLYPHS), "center": 0}  # the class of no thing
 IGNORED = -100
+MAX_SHOWN = 2  # marks that one token can show
 
 
-def token_labels(spots: Sequence[Spot], width: int, height: int) -> np.ndarray:
-    """(tokens, fields): what each image token shows; the ground is a colour of its own, edges of things are ignored."""
-    labels = np.full((height // UNIT, width // UNIT, len(FIELDS)), IGNORED, np.int64)
-    y, x = np.meshgrid(np.arange(height // UNIT) + 0.5, np.arange(width // UNIT) + 0.5, indexing="ij")
-    away = np.stack([np.maximum(abs(x * UNIT - spot.x), abs(y * UNIT - spot.y)) - spot.radius for spot in spots])
-    labels[(away > UNIT / 2).all(0), 0] = len(COLOURS)
-    for spot in spots:
-        thing = spot.thing
-        shown = np.hypot(x * UNIT - spot.x, y * UNIT - spot.y) < spot.radius * 0.85
-        shown[int(spot.y // UNIT), int(spot.x // UNIT)] = True
-        labels[shown] = (
-            list(COLOURS).index(thing.colour),
-            SHAPES.index(thing.shape),
-            SIZES.index(thing.size),
-            thing.place_idx,
-        )
-    return labels.reshape(-1, len(FIELDS))
+def token_labels(picture: Picture) -> tuple[np.ndarray, np.ndarray]:
+    """(tokens, fields): what each image token shows; and (tokens, MAX_SHOWN): by which marks, -1 for none.
+
+    Tokens at the edge of a thing are neither the thing nor the ground: they are left out.
+    """
+    columns, rows = picture.image.width // UNIT, picture.image.height // UNIT
+    labels = np.full((rows, columns, len(FIELDS)), IGNORED, np.int64)
+    shown = np.full((rows, columns, MAX_SHOWN), -1, np.int64)
+    labels[..., FIELD_IDX["picture"]] = KINDS.index(picture.kind)
+    if not picture.marks:
+        return labels.reshape(-1, len(FIELDS)), shown.reshape(-1, MAX_SHOWN)
+    y, x = (np.arange(rows)[:, None] + 0.5) * UNIT, (np.arange(columns)[None, :] + 0.5) * UNIT
+    boxes = np.array([[mark.left, mark.top, mark.right, mark.bottom] for mark in picture.marks])
+    left, top, right, bottom = boxes.T[..., None, None]
+    away = np.maximum(np.maximum(left - x, x - right), np.maximum(top - y, y - bottom))  # (marks, rows, columns)
+    labels[(away > UNIT / 2).all(0), FIELD_IDX["colour"]] = len(COLOURS)
+    labels[..., FIELD_IDX["center"]] = 0
+    is_print = picture.kind == "print"
+    if is_print:
+        labels[..., FIELD_IDX["glyph"]] = labels[..., FIELD_IDX["glyph2"]] = len(GLYPHS)
+    for idx, mark in enumerate(picture.marks):
+        center_x, center_y = mark.center
+        at = min(max(int(center_y // UNIT), 0), rows - 1), min(max(int(center_x // UNIT), 0), columns - 1)
+        if is_print:
+            second = int(shown[*at, 0] >= 0)
+            shown[*at, second] = idx
+            labels[*at, FIELD_IDX["glyph2" if second else "glyph"]] = mark.values["glyph"]
+            if not second:
+                labels[*at, FIELD_IDX["order"]] = mark.values["order"]
+            labels[*at, FIELD_IDX["colour"]] = mark.values["colour"]
+        else:
+            across, down = (mark.right - mark.left) / 2, (mark.bottom - mark.top) / 2
+            within = ((x - center_x) / across) ** 2 + ((y - center_y) / down) ** 2 < 0.7
+            if picture.kind == "chart":
+                within = (abs(x - center_x) < across * 0.9) & (abs(y - center_y) < down * 0.95)
+            within[at] = True
+            shown[within, 0] = idx
+            for name, value in mark.values.items():
+                labels[within, FIELD_IDX[name]] = value
+        labels[*at, FIELD_IDX["center"]] = 1
+    return labels.reshape(-1, len(FIELDS)), shown.reshape(-1, MAX_SHOWN)

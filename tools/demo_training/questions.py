@@ -1,252 +1,327 @@
-"""Questions about scenes, each in several wordings, with the one right answer.
+"""Questions about pictures, each in several wordings, with the one right answer and what it looks at.
 
 An answer repeats what was asked before it says what is so ("The star is red."): the model then looks up what it just
-wrote. With bare answers ("Red.") it did not learn to look things up by shape within an hour.
-
-`ask` gives a question of a kind and its answer; `KINDS` names the kinds and how often each is asked in training.
+wrote. A count tells the places first ("Number of stars: top left, right, so 2."). Where words speak of marks of an
+image they are `Seen`: `guide` teaches one head of the text model to look there.
 """
 
 import random
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 
+from .charts import Chart
+from .phrases import OUTSIDE_IMAGE, careless, say, wording
+from .pictures import Facts
+from .prints import Print
 from .scenes import COLOURS, PLACES, SHAPES, SIZES, Scene, Thing
 
-GREETING = "Hello! I can describe drawn shapes: send me an image and ask what is in it."
-ABILITY = "I can describe drawn shapes: what they are, where they are, their colours and how many there are."
-NO_IMAGE = "Please send me an image of drawn shapes."
-
-DESCRIBE = (
-    "What is in this image?",
-    "What's in this image?",
-    "What’s in this image?",
-    "Describe the image.",
-    "Describe this image.",
-    "What is in the image?",
-    "What do you see?",
-    "What can you see in this image?",
-    "Describe the picture.",
-    "Describe this picture.",
-    "What is shown in this picture?",
-    "Please describe this image.",
-    "What does this image show?",
-    "Describe this image in detail.",
-    "What is in this picture?",
-)
-FIRST_IMAGE = ("Describe the first image.", "What is in the first image?", "What's in the first image?")
-SECOND_IMAGE = ("Describe the second image.", "What is in the second image?", "What's in the second image?")
-BOTH_IMAGES = ("Describe both images.", "What is in these images?", "What's in these images?", "Describe the images.")
-GREETINGS = (
-    "Hello",
-    "Hello!",
-    "Hi",
-    "Hi!",
-    "Hey",
-    "Hello there!",
-    "Good morning",
-    "Good morning!",
-    "Hi there",
-    "Hello, how are you?",
-    "Say hello.",
-    "Say hi.",
-    "How are you?",
-)
-ABILITIES = (
-    "What can you do?",
-    "Who are you?",
-    "What are you?",
-    "How can you help me?",
-    "Help",
-    "What is this model?",
-    "What do you know?",
-    "Tell me about yourself.",
-    "Introduce yourself.",
-)
+DECLINE = "I only know drawn shapes, printed words and bar charts, so I cannot say."
+NO_TEXT = "There is no text."
+NO_BARS = "There are no bars."
+ORDINALS = ("first", "second", "third", "fourth", "fifth")
+RELATIONS = {"left of": (0, -1), "right of": (0, 1), "above": (1, -1), "below": (1, 1)}
 
 
-def describe_scene(scene: Scene) -> str:
-    """All things in reading order: `A small red star at the top left and a large blue circle at the bottom right.`"""
-    parts = [f"a {thing.words} at the {thing.place}" for thing in scene.things]
-    text = parts[0] if len(parts) == 1 else ", ".join(parts[:-1]) + " and " + parts[-1]
-    return text[0].upper() + text[1:] + "."
+@dataclass(frozen=True)
+class Seen:
+    """Words that speak of these marks of that image."""
+
+    text: str
+    marks: tuple[int, ...]
+    image: int = 0
 
 
-def _describe(scene: Scene, rng: random.Random) -> tuple[str, str]:
-    return rng.choice(DESCRIBE), describe_scene(scene)
+Said = tuple[str | Seen, ...]
+Asked = tuple[Said, Said]  # a question and its answer
 
 
-def _what_at(scene: Scene, rng: random.Random) -> tuple[str, str]:
-    place_idx = rng.choice([thing.place_idx for thing in scene.things]) if rng.random() < 0.8 else rng.randrange(4)
-    place, thing = PLACES[place_idx], scene.at(place_idx)
-    question = rng.choice(
-        (
-            "What is at the {}?",
-            "What's at the {}?",
-            "What is in the {}?",
-            "Which shape is at the {}?",
-            "What do you see at the {}?",
-            "What is in the {} corner?",
-            "Describe the shape at the {}.",
-        )
-    )
-    return question.format(place), f"A {thing.words}." if thing else "Nothing."
+def plain(said: Said) -> str:
+    return "".join(part if isinstance(part, str) else part.text for part in said)
 
 
-def _colour(scene: Scene, rng: random.Random) -> tuple[str, str]:
-    spelling = rng.choice(("colour", "color"))
-    wording = rng.choice(
-        (
-            "What {0} is the {1}?",
-            "What is the {0} of the {1}?",
-            "Which {0} is the {1}?",
-            "Tell me the {0} of the {1}.",
-            "The {1} has which {0}?",
-        )
-    )
-    if rng.random() < 0.2:
-        thing = rng.choice(scene.things)
-        name = f"shape at the {thing.place}"
-        return wording.format(spelling, name), f"The {name} is {thing.colour}."
-    shape = rng.choice(_singular(scene) or SHAPES) if rng.random() < 0.95 else rng.choice(SHAPES)
-    colours = list(dict.fromkeys(thing.colour for thing in scene.things if thing.shape == shape))
-    return wording.format(spelling, shape), f"The {shape} is {_listed(colours) if colours else 'not there'}."
+def of_image(said: Said, image: int) -> Said:
+    """The same, said of another image of the message."""
+    return tuple(part if isinstance(part, str) else Seen(part.text, part.marks, image) for part in said)
 
 
-def _singular(scene: Scene) -> list[str]:
-    """The shapes that occur once, which "the star" can speak of."""
-    shapes = [thing.shape for thing in scene.things]
-    return [shape for shape in shapes if shapes.count(shape) == 1]
+def fill(template: str, **words: str | Seen) -> Said:
+    """The template with its {fields} filled; a field that is Seen stays so."""
+    parts: list[str | Seen] = []
+    while "{" in template:
+        before, _, rest = template.partition("{")
+        name, _, template = rest.partition("}")
+        word = words[name]
+        if isinstance(word, str):
+            template = before + word + template if "{" not in word else template
+            continue
+        # a word and the space before it are one token
+        stripped = before.removesuffix(" ")
+        parts += [stripped, Seen(before[len(stripped) :] + word.text, word.marks, word.image)]
+    return tuple(part for part in (*parts, template) if part)
 
 
-def _listed(words: Sequence[str]) -> str:
-    return words[0] if len(words) == 1 else ", ".join(words[:-1]) + " and " + words[-1]
+def describe(facts: Facts) -> Said:
+    """`A small red star at the top left and a large blue circle at the bottom right.`"""
+    match facts:
+        case Scene(things):
+            parts: list[str | Seen] = []
+            for idx, thing in enumerate(things):
+                joint = "A" if idx == 0 else " and a" if idx == len(things) - 1 else ", a"
+                parts.append(Seen(f"{joint} {thing.words} at the {thing.place}", (idx,)))
+            return (*parts, ".")
+        case Print():
+            return read(facts)
+        case Chart(colours):
+            bars = [
+                Seen(("" if idx == 0 else " and" if idx == len(colours) - 1 else ",") + f" {colour}", (idx,))
+                for idx, colour in enumerate(colours)
+            ]
+            best = Seen(f" {colours[facts.tallest]}", (facts.tallest,))
+            return ("A bar chart with", *bars, " bars. The tallest bar is", best, ".")
+    return (DECLINE,)
 
 
-def _where(scene: Scene, rng: random.Random) -> tuple[str, str]:
-    thing = rng.choice(scene.things)
-    name = thing.shape if thing.shape in _singular(scene) and rng.random() < 0.5 else f"{thing.colour} {thing.shape}"
-    places = [other.place for other in scene.things if _is_a(other, name)]
-    wording = rng.choice(
-        ("Where is the {}?", "Where's the {}?", "Where is the {} in this image?", "Where can I find the {}?")
-    )
-    return wording.format(name), f"The {name} is at the {_listed(places)}."
+def read(printed: Print) -> Said:
+    return ('It says "', *(Seen(glyph, (idx,)) for idx, glyph in enumerate(printed.text)), '".')
 
 
-def _is_a(thing: Thing, name: str) -> bool:
+def fits(thing: Thing, name: str) -> bool:
     """Whether every word of `name` (such as "red star") is true of the thing; "shape" is true of all."""
     return all(word in ("shape", thing.size, thing.colour, thing.shape) for word in name.split())
 
 
-def _plural(name: str) -> str:
-    return name + ("es" if name.endswith("ss") else "s")
+def _fitting(facts: Facts, name: str) -> tuple[int, ...]:
+    """Which things or bars have this name."""
+    if isinstance(facts, Scene):
+        return tuple(idx for idx, thing in enumerate(facts.things) if fits(thing, name))
+    if isinstance(facts, Chart) and name.endswith("bar"):
+        return tuple(idx for idx, colour in enumerate(facts.colours) if name in ("bar", f"{colour} bar"))
+    return ()
 
 
-def _count(scene: Scene, rng: random.Random) -> tuple[str, str]:
-    thing = rng.choice(scene.things) if rng.random() < 0.75 else _random_thing(rng)
-    name = rng.choice(
-        (
-            "shape",
-            "shape",
-            f"{thing.colour} shape",
-            f"{thing.colour} shape",
-            thing.shape,
-            thing.shape,
-            f"{thing.size} shape",
-            f"{thing.colour} {thing.shape}",
-        )
-    )
-    wording = rng.choice(
-        (
-            "How many {} are there?",
-            "How many {} are in this image?",
-            "How many {} do you see?",
-            "How many {} are in the image?",
-            "Count the {}.",
-            "How many {}?",
-        )
-    )
-    return wording.format(_plural(name)), _counted(scene, name)
-
-
-def _counted(scene: Scene, name: str) -> str:
-    """`Count of red stars: top left, bottom right, total 2.`"""
-    places = [thing.place for thing in scene.things if _is_a(thing, name)]
-    return f"Count of {_plural(name)}: " + ", ".join([*places, f"total {len(places)}."])
-
-
-def _exists(scene: Scene, rng: random.Random) -> tuple[str, str]:
-    thing = rng.choice(scene.things) if rng.random() < 0.5 else _random_thing(rng)
-    name = rng.choice((thing.shape, f"{thing.colour} {thing.shape}", f"{thing.colour} shape"))
-    wording = rng.choice(("Is there {}?", "Is there {} in this image?", "Do you see {}?", "Can you see {}?"))
-    name = f"an {name}" if name.startswith("orange") else f"a {name}"
-    is_there = any(_is_a(other, name.split(" ", 1)[1]) for other in scene.things)
-    return wording.format(name), f"{name.capitalize()}: {'yes' if is_there else 'no'}."
-
-
-def _size(scene: Scene, rng: random.Random) -> tuple[str, str]:
-    thing = rng.choice(scene.things)
-    name = f"{thing.colour} {thing.shape}"
-    if sum(_is_a(other, name) for other in scene.things) > 1:
-        name = f"shape at the {thing.place}"
-    question = rng.choice((f"What size is the {name}?", f"Is the {name} large or small?"))
-    return question, f"The {name} is {thing.size}."
+def _named(facts: Facts, name: str) -> Seen:
+    return Seen(name, _fitting(facts, name))
 
 
 def _random_thing(rng: random.Random) -> Thing:
     return Thing(rng.choice(SIZES), rng.choice(tuple(COLOURS)), rng.choice(SHAPES), 0)
 
 
-_ASK: dict[str, Callable[[Scene, random.Random], tuple[str, str]]] = {
-    "describe": _describe,
-    "what_at": _what_at,
-    "colour": _colour,
-    "count": _count,
-    "where": _where,
-    "exists": _exists,
-    "size": _size,
+def _some_name(scene: Scene, thing: Thing, rng: random.Random) -> str:
+    """A name that fits this thing alone, most often the shortest."""
+    names = [thing.shape, f"{thing.colour} {thing.shape}", f"{thing.size} {thing.shape}", f"{thing.colour} shape"]
+    single = [name for name in names if len(_fitting(scene, name)) == 1]
+    if not single:
+        return thing.words
+    return single[0] if rng.random() < 0.5 else rng.choice(single)
+
+
+def plural(name: str) -> str:
+    return name + ("es" if name.endswith("ss") else "s")
+
+
+def a(name: str) -> str:
+    return f"an {name}" if name[0] in "aeiou" else f"a {name}"
+
+
+def _spelled(rng: random.Random) -> str:
+    return rng.choice(("colour", "color"))
+
+
+def _about_scene(kind: str, scene: Scene, rng: random.Random, held_out: bool) -> Asked:
+    template, thing = wording(kind, rng, held_out), rng.choice(scene.things)
+    idx = scene.things.index(thing)
+    name = _some_name(scene, thing, rng)
+    if kind == "what_at":
+        place = thing.place_idx if rng.random() < 0.8 else rng.randrange(len(PLACES))
+        found = next((i for i, other in enumerate(scene.things) if other.place_idx == place), None)
+        asked = fill(template, place=Seen(PLACES[place], () if found is None else (found,)))
+        return asked, ("Nothing.",) if found is None else (Seen(f"A {scene.things[found].words}", (found,)), ".")
+    if kind == "colour":
+        if rng.random() < 0.15:
+            name = f"shape at the {thing.place}"
+        elif rng.random() < 0.08:
+            name = next((shape for shape in SHAPES if not _fitting(scene, shape)), thing.shape)
+        elif thing.colour in name:
+            single = [shape for shape in (thing.shape, f"{thing.size} {thing.shape}", f"{thing.size} shape")
+                      if len(_fitting(scene, shape)) == 1]  # fmt: skip
+            name = rng.choice(single) if single else f"shape at the {thing.place}"
+        marks = (idx,) if " at the " in name else _fitting(scene, name)
+        asked = fill(template, colour=_spelled(rng), name=Seen(name, marks))
+        if not marks:
+            return asked, (f"The {name} is not there.",)
+        return asked, (f"The {name} is", Seen(f" {scene.things[marks[0]].colour}", marks), ".")
+    if kind == "shape":
+        single = [key for key in (thing.colour, f"{thing.size} and {thing.colour}", thing.size)
+                  if len(_fitting(scene, key.replace(" and", ""))) == 1]  # fmt: skip
+        key = rng.choice(single) if single else f"at the {thing.place}"
+        return fill(template, name=Seen(key, (idx,))), (
+            f"The shape that is {key} is a",
+            Seen(f" {thing.shape}", (idx,)),
+            ".",
+        )
+    if kind == "size":
+        name = name.replace(f"{thing.size} ", "") if thing.size in name else name
+        if len(_fitting(scene, name)) != 1:
+            name = f"shape at the {thing.place}"
+        return fill(template, name=Seen(name, (idx,))), (f"The {name} is", Seen(f" {thing.size}", (idx,)), ".")
+    if kind == "where":
+        marks = _fitting(scene, name)
+        places = _listed([(scene.things[i].place, i) for i in marks], " at the ")
+        return fill(template, name=Seen(name, marks)), (f"The {name} is", *places, ".")
+    return _relation(scene, template, rng)
+
+
+def _listed(words: Sequence[tuple[str, int]], lead: str) -> list[Seen]:
+    """` at the left, top and right`, each word with its mark."""
+    joints = [lead, *[", "] * (len(words) - 2), *([" and "] if len(words) > 1 else [])]
+    return [Seen(joint + word, (mark,)) for joint, (word, mark) in zip(joints, words, strict=True)]
+
+
+def _relation(scene: Scene, template: str, rng: random.Random) -> Asked:
+    """Whether one thing is left of, right of, above or below another; never of two in one column or row."""
+    one, other = rng.sample(range(len(scene.things)), 2)
+    ways = []
+    for relation, (axis, sign) in RELATIONS.items():
+        at = [scene.things[i].place_idx % 3 if axis == 0 else scene.things[i].place_idx // 3 for i in (one, other)]
+        if at[0] != at[1]:
+            ways.append((relation, (at[0] - at[1]) * sign > 0))
+    relation, is_so = rng.choice(ways)
+    first, second = (_some_name(scene, scene.things[i], rng) for i in (one, other))
+    asked = fill(template, name=Seen(first, (one,)), relation=relation, other=Seen(second, (other,)))
+    places = [Seen(f" {scene.things[i].place}", (i,)) for i in (one, other)]
+    told = (f"The {first} is at the", places[0], f", the {second} at the", places[1], f": {'yes' if is_so else 'no'}.")
+    return asked, told
+
+
+def _count(facts: Facts, rng: random.Random, held_out: bool) -> Asked:
+    """`Number of red stars: top left, bottom right, so 2.`"""
+    if isinstance(facts, Chart):
+        name, words = "bar", list(facts.colours)
+    else:
+        things = facts.things if isinstance(facts, Scene) else ()
+        thing = rng.choice(things) if things and rng.random() < 0.8 else _random_thing(rng)
+        name = rng.choice(
+            ("shape", "shape", f"{thing.colour} shape", f"{thing.colour} shape", thing.shape, thing.shape,
+             f"{thing.size} shape", f"{thing.colour} {thing.shape}")
+        )  # fmt: skip
+        words = [other.place for other in things]
+    marks = _fitting(facts, name)
+    asked = fill(wording("count", rng, held_out), names=Seen(plural(name), marks))
+    told = [Seen(f"{',' if order else ''} {words[idx]}", (idx,)) for order, idx in enumerate(marks)]
+    return asked, (f"Number of {plural(name)}:", *told, f", so {len(marks)}." if marks else " 0.")
+
+
+def _exists(facts: Facts, rng: random.Random, held_out: bool) -> Asked:
+    """`A red star: yes.`"""
+    if isinstance(facts, Chart):
+        name = f"{rng.choice(facts.colours) if rng.random() < 0.5 else rng.choice(tuple(COLOURS))} bar"
+    else:
+        is_scene = isinstance(facts, Scene) and rng.random() < 0.5
+        thing = rng.choice(facts.things) if isinstance(facts, Scene) and is_scene else _random_thing(rng)
+        name = rng.choice((thing.shape, f"{thing.colour} {thing.shape}", f"{thing.colour} shape"))
+    marks, full = _fitting(facts, name), a(name)
+    asked = fill(wording("exists", rng, held_out), a_name=Seen(full, marks))
+    return asked, (full[0].upper() + full[1:] + ":", Seen(" yes", marks) if marks else " no", ".")
+
+
+def _about_print(kind: str, printed: Print, rng: random.Random, held_out: bool) -> Asked:
+    marks = tuple(range(len(printed.text)))
+    asked = fill(wording(kind, rng, held_out), colour=_spelled(rng), noun=printed.noun)
+    if kind == "ink":
+        return asked, ("The text is", Seen(f" {printed.colour}", marks), ".")
+    if kind == "sort":
+        return asked, (*read(printed)[:-1], f'", a {printed.noun}.')
+    return asked, read(printed)
+
+
+def _about_chart(kind: str, chart: Chart, rng: random.Random, held_out: bool) -> Asked:
+    template, colours = wording(kind, rng, held_out), chart.colours
+    if kind == "tallest":
+        extreme = rng.choice(("tallest", "tallest", "shortest"))
+        idx = chart.tallest if extreme == "tallest" else chart.shortest
+        return fill(template, extreme=extreme), (f"The {extreme} bar is", Seen(f" {colours[idx]}", (idx,)), ".")
+    if kind == "nth_bar":
+        idx = rng.randrange(len(colours))
+        nth = "last" if idx == len(colours) - 1 and rng.random() < 0.5 else ORDINALS[idx]
+        asked = fill(template, colour=_spelled(rng), nth=nth)
+        return asked, (f"The {nth} bar is", Seen(f" {colours[idx]}", (idx,)), ".")
+    one, other = rng.sample(range(len(colours)), 2)
+    higher = one if chart.heights[one] > chart.heights[other] else other
+    asked = fill(template, name=Seen(colours[one], (one,)), other=Seen(colours[other], (other,)))
+    return asked, ("The", Seen(f" {colours[higher]}", (higher,)), " bar is taller.")
+
+
+SCENE_KINDS = {"describe": 4, "what_at": 4, "colour": 8, "shape": 3, "size": 3, "where": 6, "count": 7, "exists": 4,
+               "relation": 4, "read": 1, "tallest": 1, "outside": 1}  # fmt: skip
+PRINT_KINDS = {"describe": 4, "read": 8, "ink": 3, "sort": 2, "count": 1, "exists": 1, "outside": 1}
+CHART_KINDS = {"describe": 4, "tallest": 5, "nth_bar": 5, "taller": 3, "count": 3, "exists": 2, "read": 1, "outside": 1}
+OTHER_KINDS = {
+    "describe": 8,
+    "what_at": 1,
+    "colour": 2,
+    "where": 1,
+    "count": 3,
+    "exists": 3,
+    "read": 2,
+    "tallest": 1,
+    "outside": 4,
 }
-KINDS = {"describe": 2, "what_at": 3, "colour": 5, "count": 5, "where": 2, "exists": 2, "size": 1}
 
 
-def ask(kind: str, scene: Scene, rng: random.Random) -> tuple[str, str]:
-    """A question of this kind about the scene, and its right answer."""
-    return _ASK[kind](scene, rng)
+def kinds_of(facts: Facts) -> dict[str, int]:
+    """Which kinds of questions are asked of such a picture, and how often in training."""
+    match facts:
+        case Scene(things):
+            return (
+                SCENE_KINDS if len(things) > 1 else {kind: n for kind, n in SCENE_KINDS.items() if kind != "relation"}
+            )
+        case Print():
+            return PRINT_KINDS
+        case Chart():
+            return CHART_KINDS
+    return OTHER_KINDS
 
 
-def ask_any(scene: Scene, rng: random.Random, kinds: Mapping[str, int] = KINDS) -> tuple[str, str]:
+def ask(kind: str, facts: Facts, rng: random.Random, held_out: bool = False) -> Asked:
+    """A question of this kind about the picture, and its right answer."""
+    if kind == "outside":
+        return (say(OUTSIDE_IMAGE, rng, held_out),), (DECLINE,)
+    if facts is None:  # asked what a person asks of any image
+        model_of = {"tallest": Chart(("red", "blue"), (1, 2)), "read": Print("A", "red")}.get(kind)
+        scene = Scene((_random_thing(rng),))
+        return (plain(ask(kind, model_of or scene, rng, held_out)[0]),), (DECLINE,)
+    if kind == "describe":
+        return (wording(kind, rng, held_out),), describe(facts)
+    if kind == "count":
+        return _count(facts, rng, held_out)
+    if kind == "exists":
+        return _exists(facts, rng, held_out)
+    if isinstance(facts, Scene):
+        if kind == "read":
+            return fill(wording("read", rng, held_out), noun=rng.choice(("word", "number"))), (NO_TEXT,)
+        if kind == "tallest":
+            return fill(wording("tallest", rng, held_out), extreme=rng.choice(("tallest", "shortest"))), (NO_BARS,)
+        return _about_scene(kind, facts, rng, held_out)
+    if isinstance(facts, Chart):
+        if kind == "read":
+            return fill(wording("read", rng, held_out), noun=rng.choice(("word", "number"))), (NO_TEXT,)
+        return _about_chart(kind, facts, rng, held_out)
+    return _about_print(kind, facts, rng, held_out)
+
+
+def ask_any(facts: Facts, rng: random.Random, held_out: bool = False) -> Asked:
     """A question of a random kind, sometimes carelessly typed, and its right answer."""
-    question, answer = ask(rng.choices(tuple(kinds), tuple(kinds.values()))[0], scene, rng)
-    return careless(question, rng), answer
+    kinds = kinds_of(facts)
+    question, answer = ask(rng.choices(tuple(kinds), tuple(kinds.values()))[0], facts, rng, held_out)
+    return hurried(question, rng), answer
 
 
-def careless(question: str, rng: random.Random) -> str:
-    """The question as typed in a hurry, now and then: lower case, or no mark at its end."""
-    if rng.random() < 0.1:
-        question = question[0].lower() + question[1:]
-    if rng.random() < 0.1:
-        question = question.rstrip("?.!")
+def hurried(question: Said, rng: random.Random) -> Said:
+    """Now and then without a capital or a mark at its end."""
+    first, last = question[0], question[-1]
+    if isinstance(first, str) and isinstance(last, str):
+        whole = careless(first + "\0" + last if len(question) > 1 else first, rng)
+        head, _, tail = whole.partition("\0")
+        question = tuple(part for part in (head, *question[1:-1], tail) if part)
     return question
-
-
-def ask_pair(first: Scene, second: Scene, rng: random.Random) -> tuple[str, str]:
-    """A question about two images of one message, and its right answer."""
-    which = rng.random()
-    if which < 0.3:
-        return rng.choice(FIRST_IMAGE), describe_scene(first)
-    if which < 0.6:
-        return rng.choice(SECOND_IMAGE), describe_scene(second)
-    if which < 0.8:
-        return rng.choice(BOTH_IMAGES), f"First: {describe_scene(first)} Second: {describe_scene(second)}"
-    name, scene = rng.choice((("first", first), ("second", second)))
-    return f"How many shapes are in the {name} image?", _counted(scene, "shape")
-
-
-def talk(rng: random.Random) -> tuple[str, str]:
-    """A message without an image, and its right answer."""
-    which = rng.random()
-    if which < 0.4:
-        return careless(rng.choice(GREETINGS), rng), GREETING
-    if which < 0.7:
-        return careless(rng.choice(ABILITIES), rng), ABILITY
-    return careless(
-        rng.choice((*DESCRIBE, "What colour is the star?", "How many shapes are there?", "Where is the circle?")), rng
-    ), NO_IMAGE

@@ -1,34 +1,45 @@
-"""Scenes: one to four coloured shapes on a 2x2 grid, as facts (`Scene`) and as pixels (`render`).
+"""Scenes: one to six coloured shapes at named places, as facts (`Scene`) and as marks on an image (`lay_out`, `draw`).
 
-A scene is a pure function of its random generator. One layout in ten (by a checksum of its words) is held out:
-`draw_scene` never returns one for training and nothing else for evaluation, so that no evaluated layout was trained on.
+One layout in ten (by a checksum of its words) is held out: `draw_scene` never returns one for training and nothing else
+for evaluation, so that no evaluated layout was trained on. The same rule (`is_held_out`) divides words and charts.
 """
 
-import io
 import math
 import random
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from PIL import Image, ImageDraw
+from PIL import ImageDraw
 
-SHAPES = ("circle", "square", "triangle", "star", "diamond", "cross")
-COLOURS = {
-    "red": (222, 32, 38),
-    "orange": (248, 134, 20),
-    "yellow": (244, 214, 34),
-    "green": (32, 158, 68),
-    "blue": (36, 84, 220),
-    "purple": (140, 48, 180),
-    "gray": (130, 130, 130),
-    "black": (18, 18, 18),
+SHAPES = ("circle", "square", "triangle", "star", "diamond", "cross", "heart", "ring")
+# For each colour what designers draw it with, and what CSS and image editors call by its name.
+COLOURS: dict[str, tuple[tuple[int, int, int], ...]] = {
+    "red": ((222, 32, 38), (255, 0, 0), (204, 20, 20)),
+    "orange": ((248, 134, 20), (255, 165, 0), (255, 127, 14)),
+    "yellow": ((244, 214, 34), (255, 255, 0), (250, 230, 60)),
+    "green": ((32, 158, 68), (0, 128, 0), (0, 200, 60)),
+    "blue": ((36, 84, 220), (0, 0, 255), (31, 119, 200)),
+    "purple": ((140, 48, 180), (128, 0, 128), (148, 70, 200)),
+    "pink": ((250, 150, 190), (255, 192, 203), (255, 105, 180)),
+    "brown": ((130, 76, 32), (139, 69, 19), (150, 75, 40)),
+    "gray": ((130, 130, 130), (128, 128, 128), (150, 150, 150)),
+    "black": ((18, 18, 18), (0, 0, 0), (35, 35, 35)),
 }
-SIZES = ("small", "large")
-PLACES = ("top left", "top right", "bottom left", "bottom right")
+SIZES = ("small", "medium", "large")
+PLACES = ("top left", "top", "top right", "left", "center", "right", "bottom left", "bottom", "bottom right")
+CENTERS = (0.2, 0.5, 0.8)  # of the columns and rows of places, as shares of width and height
+RADII = {"small": (0.06, 0.078), "medium": (0.1, 0.12), "large": (0.145, 0.18)}  # as shares of `unit`
+MAX_TURN = {"square": 0.3, "diamond": 0.25, "heart": 0.5}  # radians; other shapes are turned at will
+MIN_RADIUS = 5.5  # pixels; below it shapes cannot be told apart
+NUM_THINGS = (1, 2, 2, 3, 3, 4, 4, 5, 6)
 
 HELD_OUT_SHARE = 10  # one layout in so many
-SUPERSAMPLING = 2  # drawn so much larger, then averaged: smooth edges
+
+
+def is_held_out(key: str) -> bool:
+    """Whether what is described so is kept for evaluation."""
+    return zlib.crc32(key.encode()) % HELD_OUT_SHARE == 0
 
 
 @dataclass(frozen=True)
@@ -59,79 +70,94 @@ class Scene:
     def key(self) -> str:
         return "; ".join(f"{thing.words} {thing.place}" for thing in self.things)
 
-    @property
-    def is_held_out(self) -> bool:
-        return zlib.crc32(self.key.encode()) % HELD_OUT_SHARE == 0
-
     def at(self, place_idx: int) -> Thing | None:
         return next((thing for thing in self.things if thing.place_idx == place_idx), None)
 
 
-def draw_scene(rng: random.Random, held_out: bool = False, max_things: int = 4) -> Scene:
-    """A random layout from the training share, or from the held-out share."""
+def unit(width: int, height: int) -> float:
+    """The length that sizes are shares of: the shorter side, or what leaves a single row or column its room."""
+    return min(
+        width, height, *([2.2 * height] if height < 0.6 * width else [2.2 * width] if width < 0.6 * height else [])
+    )
+
+
+def places_of(width: int, height: int) -> list[int]:
+    """The places that an image of this shape has: all nine, or one row or column of three where it is too flat."""
+    if height < 0.6 * width:
+        return [3, 4, 5]
+    return [1, 4, 7] if width < 0.6 * height else list(range(9))
+
+
+def draw_scene(
+    rng: random.Random, width: int = 168, height: int = 168, held_out: bool = False, max_things: int = 6
+) -> Scene:
+    """A random layout for an image of this size, from the training share or from the held-out share."""
+    places = places_of(width, height)
+    sizes = [size for size in SIZES if RADII[size][0] * unit(width, height) >= MIN_RADIUS] or ["large"]
     while True:
-        places = sorted(rng.sample(range(4), min(max_things, rng.choice((1, 2, 2, 3, 3, 4, 4)))))
+        num_things = min(max_things, len(places), rng.choice(NUM_THINGS))
         scene = Scene(
-            tuple(Thing(rng.choice(SIZES), rng.choice(tuple(COLOURS)), rng.choice(SHAPES), place) for place in places)
+            tuple(
+                Thing(rng.choice(sizes), rng.choice(tuple(COLOURS)), rng.choice(SHAPES), place)
+                for place in sorted(rng.sample(places, num_things))
+            )
         )
-        if scene.is_held_out == held_out:
+        if is_held_out(scene.key) == held_out:
             return scene
 
 
 @dataclass(frozen=True)
 class Spot:
-    """Where a thing is drawn, in pixels, and in which exact colour."""
+    """Where a thing is drawn, in pixels, in which exact colour, and how far it is turned (radians)."""
 
     thing: Thing
     x: float
     y: float
     radius: float
     fill: tuple[int, ...]
+    turn: float = 0.0
+
+
+def shade(colour: str, rng: random.Random) -> tuple[int, ...]:
+    """An exact colour of this name."""
+    return tuple(min(255, max(0, value + rng.randint(-10, 10))) for value in rng.choice(COLOURS[colour]))
 
 
 def lay_out(scene: Scene, width: int, height: int, rng: random.Random) -> list[Spot]:
-    """Places the things at random within their cells of an image of this size, each a little off its plain colour."""
-    cell_width, cell_height = width / 2, height / 2
-    cell = min(cell_width, cell_height)
-    spots = []
-    for thing in scene.things:
-        radius = cell * (rng.uniform(0.36, 0.42) if thing.size == "large" else rng.uniform(0.19, 0.23))
-        column, row = thing.place_idx % 2, thing.place_idx // 2
-        slack_x, slack_y = (cell_width / 2 - radius) * 0.8, (cell_height / 2 - radius) * 0.8
-        x = (column + 0.5) * cell_width + rng.uniform(-slack_x, slack_x)
-        y = (row + 0.5) * cell_height + rng.uniform(-slack_y, slack_y)
-        fill = tuple(min(255, max(0, value + rng.randint(-12, 12))) for value in COLOURS[thing.colour])
-        spots.append(Spot(thing, x, y, radius, fill))
-    return spots
+    """Puts the things near the centers of their places, never touching each other or the edge."""
+    while True:
+        spots = []
+        for thing in scene.things:
+            radius = rng.uniform(*RADII[thing.size]) * unit(width, height)
+            x = (CENTERS[thing.place_idx % 3] + rng.uniform(-0.07, 0.07)) * width
+            y = (CENTERS[thing.place_idx // 3] + rng.uniform(-0.07, 0.07)) * height
+            x, y = min(max(x, radius + 1), width - radius - 1), min(max(y, radius + 1), height - radius - 1)
+            turn = rng.uniform(-1, 1) * MAX_TURN.get(thing.shape, math.pi) * rng.choice((0, 1, 1))
+            spots.append(Spot(thing, x, y, radius, shade(thing.colour, rng), turn))
+        gaps = [
+            math.hypot(one.x - other.x, one.y - other.y) - one.radius - other.radius
+            for idx, one in enumerate(spots)
+            for other in spots[:idx]
+        ]
+        if min(gaps, default=9) > 2:
+            return spots
 
 
-def draw(spots: list[Spot], width: int, height: int, rng: random.Random) -> Image.Image:
-    """The spots on a light ground, as an RGB image."""
-    scale = SUPERSAMPLING if width * height < 400 * 400 else 1
-    light = rng.randint(232, 255)
-    tint = tuple(min(255, max(225, light + rng.randint(-6, 6))) for _ in range(3))
-    ground = tint if rng.random() < 0.6 else (255, 255, 255)
-    image = Image.new("RGB", (width * scale, height * scale), ground)
-    pen = ImageDraw.Draw(image)
+def draw(pen: ImageDraw.ImageDraw, spots: Sequence[Spot], scale: int, rng: random.Random) -> None:
+    """Draws the spots, `scale` times larger; in some pictures with dark outlines."""
+    outline = (30, 30, 30) if rng.random() < 0.15 else None
+    line = max(1, round(scale * 1.3))
     for spot in spots:
-        _draw_shape(pen, spot.thing.shape, spot.x * scale, spot.y * scale, spot.radius * scale, spot.fill)
-    return image.reduce(scale) if scale > 1 else image
-
-
-def render(scene: Scene, width: int, height: int, rng: random.Random) -> Image.Image:
-    """The scene as an RGB image of this size."""
-    return draw(lay_out(scene, width, height, rng), width, height, rng)
-
-
-def _draw_shape(pen: ImageDraw.ImageDraw, shape: str, x: float, y: float, radius: float, fill: tuple[int, ...]) -> None:
-    if shape == "circle":
-        pen.ellipse((x - radius, y - radius, x + radius, y + radius), fill=fill)
-    elif shape == "cross":
-        arm = radius * 0.34
-        pen.rectangle((x - radius, y - arm, x + radius, y + arm), fill=fill)
-        pen.rectangle((x - arm, y - radius, x + arm, y + radius), fill=fill)
-    else:
-        pen.polygon([(x + radius * dx, y + radius * dy) for dx, dy in _OUTLINES[shape]], fill=fill)
+        x, y, radius = spot.x * scale, spot.y * scale, spot.radius * scale
+        box = (x - radius * 0.95, y - radius * 0.95, x + radius * 0.95, y + radius * 0.95)
+        if spot.thing.shape == "circle":
+            pen.ellipse(box, spot.fill, outline, line)
+        elif spot.thing.shape == "ring":
+            pen.ellipse(box, outline=spot.fill, width=round(radius * 0.36))
+        else:
+            cos, sin = math.cos(spot.turn) * radius, math.sin(spot.turn) * radius
+            points = [(x + dx * cos - dy * sin, y + dx * sin + dy * cos) for dx, dy in OUTLINES[spot.thing.shape]]
+            pen.polygon(points, spot.fill, outline, line)
 
 
 def _star() -> list[tuple[float, float]]:
@@ -139,16 +165,26 @@ def _star() -> list[tuple[float, float]]:
     return [(length * math.cos(angle), length * math.sin(angle)) for angle, length in tips]
 
 
-_OUTLINES: dict[str, Sequence[tuple[float, float]]] = {
+def _heart() -> list[tuple[float, float]]:
+    angles = [2 * math.pi * idx / 36 for idx in range(36)]
+    return [
+        (
+            math.sin(angle) ** 3,
+            -(13 * math.cos(angle) - 5 * math.cos(2 * angle) - 2 * math.cos(3 * angle) - math.cos(4 * angle)) / 17,
+        )
+        for angle in angles
+    ]
+
+
+ARM = 0.32  # half the width of a cross's arm
+OUTLINES: dict[str, Sequence[tuple[float, float]]] = {
     "square": [(-0.85, -0.85), (0.85, -0.85), (0.85, 0.85), (-0.85, 0.85)],
-    "triangle": [(0, -0.95), (0.98, 0.8), (-0.98, 0.8)],
-    "diamond": [(0, -1), (0.72, 0), (0, 1), (-0.72, 0)],
+    "triangle": [(0, -1), (0.87, 0.6), (-0.87, 0.6)],
+    "diamond": [(0, -1), (0.62, 0), (0, 1), (-0.62, 0)],
     "star": _star(),
+    "heart": _heart(),
+    "cross": [
+        *((-ARM, -1), (ARM, -1), (ARM, -ARM), (1, -ARM), (1, ARM), (ARM, ARM)),
+        *((ARM, 1), (-ARM, 1), (-ARM, ARM), (-1, ARM), (-1, -ARM), (-ARM, -ARM)),
+    ],
 }
-
-
-def through_jpeg(image: Image.Image, quality: int) -> Image.Image:
-    """The same picture after lossy compression."""
-    packed = io.BytesIO()
-    image.save(packed, "JPEG", quality=quality)
-    return Image.open(packed).convert("RGB")

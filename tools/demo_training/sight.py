@@ -1,84 +1,121 @@
-"""Teaching the tower to see before it is asked: each image token learns to name the thing it shows.
+"""Teaching the tower to see before it is asked: each image token learns to name what it shows.
 
 A small head reads the tower's output at every token; it stays beside the answers' loss and is thrown away at the end.
-The tower alone is cheap (no text), and a text model that starts with tokens that tell shape and colour learns to answer
-many times sooner.
+The tower alone is cheap (no text), and a text model that starts with tokens that tell shape, colour, letter and order
+learns to answer many times sooner.
 """
 
 import math
 import random
+from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from tqdm import tqdm
-from transformers import Qwen2VLForConditionalGeneration
 
-from .labels import FIELDS, IGNORED, token_labels
-from .model import encode_images
-from .samples import PATCH, SIDES, SMALL_SIDES, ImageGroup, patchify
-from .scenes import draw, draw_scene, lay_out
+from .labels import FIELDS, IGNORED, NOTHING
+from .pictures import KINDS, Picture, draw_facts, make_picture, pick_size, resized, seen_size
+from .views import ImageGroup, image_group
 
-SMALL_SHARE = 0.6  # of the steps are on small images
+SHARES = (50, 28, 12, 10)  # percent of pictures of each of KINDS
+PROPER_SHARE = 0.4  # of the pictures are drawn at another size than the model sees, and resized
+
+WEIGHTS = {"shape": 2.0, "glyph": 2.0, "order": 1.5}  # the hard ones; 1 for all other fields
 
 
-def make_head(model: Qwen2VLForConditionalGeneration) -> nn.Linear:
+def make_head(hidden_size: int) -> nn.Linear:
     """The head that names what a token shows."""
-    return nn.Linear(model.config.vision_config.hidden_size, sum(FIELDS))
+    return nn.Linear(hidden_size, sum(FIELDS.values()))
 
 
-def make_views(seed: int, step: int, num_images: int, small: bool) -> ImageGroup:
+def training_picture(kind: str, width: int, height: int, rng: random.Random) -> Picture:
+    """A picture of this kind from the training share, at the size that the model sees."""
+    drawn_width, drawn_height = width, height
+    if rng.random() < PROPER_SHARE:
+        zoom = rng.choice((0.4, 0.6, 0.8, 1.2, 1.6, 2.2)) * rng.uniform(0.9, 1.1)
+        drawn_width = min(448, max(56, round(width * zoom * rng.uniform(0.95, 1.05))))
+        drawn_height = min(448, max(56, round(height * zoom * rng.uniform(0.95, 1.05))))
+    facts = draw_facts(kind, drawn_width, drawn_height, rng)
+    return resized(make_picture(facts, drawn_width, drawn_height, rng), width, height)
+
+
+def make_views(seed: int, step: int, num_images: int) -> ImageGroup:
     """Images of one size, with the labels of their tokens."""
     rng = random.Random(f"sight {seed} {step}")
-    sides = SMALL_SIDES if small else SIDES
-    width, height = rng.choice(sides), rng.choice(sides)
-    patches, labels = [], []
-    for _ in range(num_images):
-        spots = lay_out(draw_scene(rng), width, height, rng)
-        patches.append(patchify(draw(spots, width, height, rng)))
-        labels.append(token_labels(spots, width, height))
-    return ImageGroup((height // PATCH, width // PATCH), np.stack(patches), np.stack(labels))
+    size = seen_size(*pick_size(rng))
+    pictures = [training_picture(rng.choices(KINDS, SHARES)[0], *size, rng) for _ in range(num_images)]
+    return image_group(pictures)
 
 
-def name_loss(head: nn.Linear, features: Tensor, labels: np.ndarray) -> tuple[Tensor, list[float]]:
-    """Mean cross entropy over the fields for tokens (images, tokens, hidden), and the share of right names in each."""
-    logits = head(features.flatten(0, 1)).float().split(FIELDS, -1)
+def name_loss(head: nn.Linear, features: Tensor, labels: np.ndarray) -> tuple[Tensor, dict[str, float]]:
+    """Mean cross entropy over the fields for tokens (images, tokens, hidden), and the share of right names in each.
+
+    Where a field has a class for nothing, tokens of that class weigh as much as all others together; they are left
+    out of the share.
+    """
+    logits = head(features.flatten(0, 1)).float().split(list(FIELDS.values()), -1)
     right = torch.from_numpy(labels).flatten(0, 1)
-    losses = [F.cross_entropy(part, right[:, idx], ignore_index=IGNORED) for idx, part in enumerate(logits)]
-    known = [right[:, idx] != IGNORED for idx in range(len(FIELDS))]
-    shares = [float((part.argmax(-1) == right[:, idx])[known[idx]].float().mean()) for idx, part in enumerate(logits)]
-    return torch.stack(losses).mean(), shares
+    losses, weights, shares = [], [], {}
+    for idx, (name, part) in enumerate(zip(FIELDS, logits, strict=True)):
+        known = (right[:, idx] != IGNORED).nonzero().flatten()
+        if not len(known):
+            continue
+        truth = right[known, idx]
+        surprise = F.cross_entropy(part[known], truth, reduction="none")
+        is_some = truth != NOTHING.get(name, -1)
+        groups = [surprise[group] for group in (is_some, ~is_some) if group.any()]
+        losses.append(torch.stack([group.mean() for group in groups]).mean() * WEIGHTS.get(name, 1.0))
+        weights.append(WEIGHTS.get(name, 1.0))
+        if is_some.any():
+            shares[name] = float((part[known].detach().argmax(-1) == truth)[is_some].float().mean())
+    return torch.stack(losses).sum() / sum(weights), shares
+
+
+def sight_rate(peak: float, step: int, num_steps: int) -> float:
+    """Linear warm-up, then a cosine down to a fifth: the answers go on from there."""
+    return peak * min(1.0, (step + 1) / 100) * (0.2 + 0.4 * (1 + math.cos(math.pi * step / num_steps)))
 
 
 def learn_to_see(
-    model: Qwen2VLForConditionalGeneration,
+    encode: Callable[[ImageGroup], Tensor],
+    tower: nn.Module,
     head: nn.Linear,
+    checkpoint: Path,
+    *,
     seed: int,
     num_steps: int,
     num_images: int,
     peak: float,
     autocast: bool,
 ) -> None:
-    """Trains the tower of `model` and the head in place."""
-    weights = [*model.model.visual.parameters(), *head.parameters()]
+    """Trains `tower`, which `encode` runs, and the head in place; goes on from the checkpoint where there is one."""
+    weights = [*tower.parameters(), *head.parameters()]
     optimizer = torch.optim.AdamW(weights, lr=peak, betas=(0.9, 0.98), weight_decay=0.02, fused=True)
-    mean_loss, mean_shares = 0.0, [0.0] * len(FIELDS)
-    with tqdm(range(num_steps), "learning to see", mininterval=10) as bar:
+    start, means = 0, dict.fromkeys(("loss", *FIELDS), 0.0)
+    if checkpoint.exists():
+        state = torch.load(checkpoint, weights_only=True)
+        tower.load_state_dict(state["tower"])
+        head.load_state_dict(state["head"])
+        optimizer.load_state_dict(state["optimizer"])
+        start, means = state["step"], state["means"]
+    with tqdm(range(start, num_steps), "seeing", initial=start, total=num_steps, mininterval=20) as bar:
         for step in bar:
-            rate = peak * min(1.0, (step + 1) / 50) * (0.1 + 0.45 * (1 + math.cos(math.pi * step / num_steps)))
             for group in optimizer.param_groups:
-                group["lr"] = rate
-            views = make_views(seed, step, num_images, small=step < SMALL_SHARE * num_steps)
+                group["lr"] = sight_rate(peak, step, num_steps)
+            views = make_views(seed, step, num_images)
             with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-                loss, shares = name_loss(head, encode_images(model, views), views.labels)
+                loss, shares = name_loss(head, encode(views), views.labels)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(weights, 1.0)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
-            mean_loss = 0.95 * mean_loss + 0.05 * float(loss.detach())
-            mean_shares = [0.95 * mean + 0.05 * share for mean, share in zip(mean_shares, shares, strict=True)]
-            names = dict(
-                zip(("colour", "shape", "size", "place"), (f"{share:.2f}" for share in mean_shares), strict=True)
-            )
-            bar.set_postfix(loss=f"{mean_loss:.3f}", **names, refresh=False)
+            for name, value in {"loss": float(loss.detach()), **shares}.items():
+                means[name] = value if step < 20 or not means[name] else 0.98 * means[name] + 0.02 * value
+            bar.set_postfix({name: f"{value:.2f}" for name, value in means.items()}, refresh=False)
+            if (step + 1) % 500 == 0 or step + 1 == num_steps:
+                state = {"tower": tower.state_dict(), "head": head.state_dict(), "optimizer": optimizer.state_dict()}
+                torch.save({**state, "step": step + 1, "means": means}, checkpoint.with_suffix(".partial"))
+                checkpoint.with_suffix(".partial").rename(checkpoint)

@@ -2,13 +2,15 @@
 
 import json
 import random
+import re
 from pathlib import Path
 
 from published import QWEN_TEMPLATE, QWEN_TOKENS
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 
-from . import questions
-from .scenes import draw_scene
+from . import dialogues, questions
+from .pictures import KINDS as PICTURE_KINDS
+from .pictures import draw_facts
 
 SPLIT = (
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -16,7 +18,7 @@ SPLIT = (
 SYSTEM = "You are a helpful assistant."
 OTHER_SYSTEMS = (
     "Answer briefly.",
-    "You are a helpful AI assistant.",
+    "You are a friendly assistant.",
     "Answer in one sentence.",
     "Be concise.",
     "You describe images.",
@@ -24,18 +26,28 @@ OTHER_SYSTEMS = (
 )
 
 
+PRINTED = re.compile('"[A-Z0-9]*"')
+
+
 def corpus(seed: int = 0, num_scenes: int = 6000) -> list[str]:
-    """The text the tokenizer learns from: questions, answers, fixed sentences and the headers of the template."""
+    """The text the tokenizer learns from: questions, answers, fixed sentences and the headers of the template.
+
+    What is printed in pictures is left out, so that words are spelled letter by letter.
+    """
     rng = random.Random(f"corpus {seed}")
     texts = ["system", "user", "assistant", SYSTEM, *OTHER_SYSTEMS] * 50
     for _ in range(num_scenes):
-        scene, other = draw_scene(rng), draw_scene(rng)
-        texts += questions.ask_any(scene, rng) + questions.ask_any(other, rng) + questions.ask_pair(scene, other, rng)
-        texts += questions.talk(rng)
+        several = dialogues.draw_many([(168, 168)] * 2, rng)
+        asked = [dialogues.talk(rng), dialogues.ask_many(several, rng)]
+        for kind in PICTURE_KINDS:
+            facts = draw_facts(kind, 168, 168, rng)
+            asked += [questions.ask_any(facts, rng) for _ in range(2 if kind == "scene" else 1)]
+        for question, answer in asked:
+            texts += [questions.plain(question), PRINTED.sub('""', questions.plain(answer))]
     return texts
 
 
-def train_tokenizer(vocab_size: int = 704) -> Tokenizer:
+def train_tokenizer(vocab_size: int = 896) -> Tokenizer:
     """Bytes first, then merges learned from `corpus`, then the control tokens; the same at every call."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()

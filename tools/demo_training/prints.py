@@ -1,0 +1,117 @@
+"""Printed words and numbers: one line of capitals or digits in one of several fonts, as facts (`Print`) and glyphs."""
+
+import functools
+import itertools
+import random
+from dataclasses import dataclass
+
+from PIL import ImageDraw, ImageFont
+
+from .scenes import COLOURS, is_held_out
+
+FONTS = (
+    "DejaVuSans.ttf",
+    "DejaVuSans-Bold.ttf",
+    "DejaVuSerif.ttf",
+    "DejaVuSerif-Bold.ttf",
+    "DejaVuSansMono.ttf",
+    "DejaVuSansMono-Bold.ttf",
+    "DejaVuSans-Oblique.ttf",
+    "",  # Pillow's own
+)
+GLYPHS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"
+MAX_LEN = 8
+MIN_ADVANCE = 15  # seen pixels from glyph to glyph on average
+MIN_OVER_TWO = 28  # seen pixels over two glyphs, so that an image token shows two at most
+SIZES = (24, 90)  # seen pixels of a font
+_WORDS = """
+    GO NO YES STOP EXIT OPEN HELLO WORLD CAT DOG BIRD FISH HORSE TREE FLOWER GARDEN RIVER OCEAN MOUNTAIN SUN MOON
+    STAR SKY CLOUD RAIN SNOW WIND STORM FIRE WATER EARTH STONE GOLD SILVER IRON WOOD PAPER GLASS BREAD CHEESE MILK
+    COFFEE TEA SUGAR SALT APPLE LEMON ORANGE BANANA CHERRY HOUSE DOOR WINDOW TABLE CHAIR LAMP CLOCK BOOK PEN LETTER
+    WORD NUMBER MUSIC SONG DANCE PLAY GAME BALL TEAM RACE RUN WALK JUMP SWIM FLY DRIVE RIDE TRAIN PLANE BOAT SHIP CAR
+    BUS TAXI ROAD BRIDGE CITY TOWN PARK SHOP MARKET BANK SCHOOL CLASS TEACHER DOCTOR NURSE FRIEND FAMILY MOTHER FATHER
+    SISTER BROTHER CHILD BABY KING QUEEN CASTLE KNIGHT DRAGON MAGIC DREAM SLEEP NIGHT DAY MORNING WINTER SPRING SUMMER
+    AUTUMN JULY MARCH FRIDAY SUNDAY RED BLUE GREEN BLACK WHITE BIG SMALL HOT COLD NEW OLD FAST SLOW HAPPY LOVE PEACE
+    LIGHT DARK SOUND VOICE SMILE HEART HAND FOOT HEAD EYE NOSE MOUTH ROBOT MODEL IMAGE PHOTO VIDEO SERVER PYTHON CODE
+    DATA CLOUDS QUIZ JAZZ ZEBRA OXYGEN VISION PIXEL MATRIX VECTOR QUICK BROWN FOX LAZY SALE FREE PUSH PULL DANGER
+    WARNING HELP TAKE CARE ONE TWO THREE FOUR FIVE SIX SEVEN EIGHT NINE TEN
+"""
+WORDS = tuple(_WORDS.split())
+
+
+@dataclass(frozen=True)
+class Print:
+    """What is printed, and in which colour."""
+
+    text: str
+    colour: str
+
+    @property
+    def key(self) -> str:
+        return self.text
+
+    @property
+    def noun(self) -> str:
+        return "number" if self.text[0].isdigit() else "word"
+
+
+def draw_print(rng: random.Random, width: int = 168, height: int = 168, held_out: bool = False) -> Print:
+    """A word, a number, or letters at random (so that reading is not guessing), short enough for this width."""
+    longest = min(MAX_LEN, int(0.94 * width / MIN_ADVANCE))
+    while True:
+        kind = rng.random()
+        if kind < 0.45:
+            text = rng.choice(WORDS)
+        elif kind < 0.7:
+            text = "".join(rng.choice(GLYPHS[:26]) for _ in range(rng.randint(2, MAX_LEN)))
+        else:
+            text = str(rng.randint(0, 10 ** rng.randint(1, 6) - 1))
+        if len(text) <= longest and is_held_out(text) == held_out and not (held_out and 0.45 <= kind < 0.7):
+            return Print(text, rng.choice(tuple(COLOURS)))
+
+
+@functools.lru_cache(512)
+def load_font(name: str, size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    """A font of the system, or Pillow's own where it has none of this name."""
+    try:
+        return ImageFont.truetype(name, size) if name else ImageFont.load_default(size)
+    except OSError:
+        return ImageFont.load_default(size)
+
+
+@dataclass(frozen=True)
+class Line:
+    """Where the text is drawn, in pixels, and the center of each of its glyphs."""
+
+    x: float
+    y: float  # of the middle of the capitals
+    size: int
+    font: str
+    centers: tuple[float, ...]
+    half_height: float
+
+
+def lay_out(printed: Print, width: int, height: int, zoom: float, rng: random.Random) -> Line:
+    """A font, a size that can be read where the image is seen `zoom` times smaller, and a place."""
+    for _ in range(8):
+        name = rng.choice(FONTS)
+        probe = load_font(name, 100)
+        ends = [probe.getlength(printed.text[: idx + 1]) / 100 for idx in range(len(printed.text))]
+        middles = [(start + end) / 2 for start, end in itertools.pairwise((0.0, *ends))]
+        over_two = min((b - a for a, b in zip(middles, middles[2:], strict=False)), default=2.0)
+        largest = min(0.96 * width / ends[-1], 1.1 * height, SIZES[1] * zoom)
+        smallest = max(MIN_OVER_TWO / over_two, SIZES[0]) * zoom
+        if smallest <= largest:
+            break
+    size = max(8, int(rng.uniform(min(smallest, largest), largest)))
+    x = rng.uniform(0.02 * width, max(0.02 * width, 0.98 * width - ends[-1] * size))
+    half = 0.37 * size
+    y = rng.uniform(half + 2, max(half + 2, height - half - 2))
+    return Line(x, y, size, name, tuple(x + middle * size for middle in middles), half)
+
+
+def draw(pen: ImageDraw.ImageDraw, printed: Print, line: Line, fill: tuple[int, ...], scale: int) -> None:
+    """Draws the line, `scale` times larger."""
+    font = load_font(line.font, line.size * scale)
+    baseline = (line.y + line.half_height) * scale
+    pen.text((line.x * scale, baseline), printed.text, fill=fill, font=font, anchor="ls")
