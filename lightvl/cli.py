@@ -69,8 +69,10 @@ def parse(argv: Sequence[str]) -> ServerConfig:
     domains = args["allowed_media_domains"] or ()
     args["allowed_media_domains"] = tuple(dict.fromkeys(domain.lower() for group in domains for domain in group))
     config = ServerConfig(**args)
-    if config.dtype == "float16":
-        _fail("argument --dtype: float16 needs a CUDA device, which this version does not support yet")
+    if config.dtype == "float16" and config.device == "cpu":
+        _fail("argument --dtype: float16 needs a CUDA device; CPUs are very slow at it")
+    if config.disable_cuda_graph and config.cuda_graph_max_bs is not None:
+        _fail("argument --cuda-graph-max-bs: does nothing with --disable-cuda-graph")
     if config.context_length and config.max_total_tokens and config.context_length > config.max_total_tokens:
         _fail(
             f"argument --context-length: {config.context_length} tokens do not fit in "
@@ -139,7 +141,13 @@ def _add_model(group: argparse._ArgumentGroup) -> None:
 
 
 def _add_device(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--device", type=_device, default="auto", metavar="DEVICE", help="auto or cpu (default: auto)")
+    group.add_argument(
+        "--device",
+        type=_device,
+        default="auto",
+        metavar="DEVICE",
+        help="cpu, cuda or cuda:N; auto: the first GPU that torch can use, else the CPU (default: auto)",
+    )
     group.add_argument(
         "--mem-fraction-static",
         type=_fraction,
@@ -172,6 +180,21 @@ def _add_device(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument(
         "--disable-radix-cache", action="store_true", help="do not reuse prefixes of earlier requests (default: reuse)"
+    )
+    group.add_argument(
+        "--cuda-graph-max-bs",
+        type=_integer(1),
+        metavar="N",
+        help="decode steps of up to N sequences are captured as CUDA graphs (default: all that may run)",
+    )
+    group.add_argument(
+        "--disable-cuda-graph", action="store_true", help="launch every kernel of a decode step by itself (default: no)"
+    )
+    group.add_argument(
+        "--watchdog-timeout",
+        type=_seconds,
+        metavar="SECONDS",
+        help="a step of the device that takes longer ends the process, for a restart (default: chosen at start)",
     )
     group.add_argument(
         "--random-seed",
@@ -247,6 +270,16 @@ def _fraction(text: str) -> float:
     return value
 
 
+def _seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"expected seconds above 0, got {text!r}")
+    return value
+
+
 def _text(text: str) -> str:
     if not text.strip():
         raise argparse.ArgumentTypeError("must not be empty")
@@ -254,10 +287,8 @@ def _text(text: str) -> str:
 
 
 def _device(text: str) -> str:
-    if re.fullmatch(r"cuda(:\d+)?", text):
-        raise argparse.ArgumentTypeError(f"{text}: CUDA is not supported yet by this version; use cpu")
-    if text not in ("auto", "cpu"):
-        raise argparse.ArgumentTypeError(f"expected auto or cpu, got {text!r}")
+    if not re.fullmatch(r"auto|cpu|cuda(:\d{1,3})?", text):
+        raise argparse.ArgumentTypeError(f"expected auto, cpu, cuda or cuda:N, got {text!r}")
     return text
 
 

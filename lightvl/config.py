@@ -31,6 +31,9 @@ class ServerConfig:
     chunked_prefill_size: int | None = None  # tokens per step; NO_CHUNKING: whole prompts
     page_size: int | None = None  # tokens
     disable_radix_cache: bool = False
+    cuda_graph_max_bs: int | None = None  # rows of the largest decode step that is captured
+    disable_cuda_graph: bool = False
+    watchdog_timeout: float | None = None  # seconds that a step may take
     random_seed: int | None = None
 
     max_image_tokens: int | None = None

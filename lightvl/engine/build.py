@@ -1,5 +1,5 @@
-"""The composition root: a checked `ServerConfig` in, a service ready to start out. The one place that wires all parts,
-and the one that knows the defaults per device; each choice is told in the start-up report with its reason."""
+"""The composition root: a checked `ServerConfig` in, a service ready to start out. The one place that wires all parts;
+what differs per device comes from a `Platform`. Each choice is told in the start-up report with its reason."""
 
 from __future__ import annotations
 
@@ -14,17 +14,16 @@ from typing import Any
 
 import torch
 
-from lightvl.attention.cpu import CpuAttention, encoder_attention
 from lightvl.config import NO_CHUNKING, ModelInfo, ServerConfig, sampling_defaults
 from lightvl.core import SamplingParams
 from lightvl.demo import demo_path
-from lightvl.engine.device import CpuDevice
+from lightvl.engine.cpu import CpuPlatform
+from lightvl.engine.cuda import CudaPlatform, cuda_device
 from lightvl.engine.engine import Engine
-from lightvl.engine.features import FeatureStore
-from lightvl.engine.inputs import PageTable
-from lightvl.engine.memory import LargestImage, MemoryPlan, plan_memory
-from lightvl.engine.runner import Runner
-from lightvl.engine.stream import CpuStream
+from lightvl.engine.largest import probe_layouts
+from lightvl.engine.memory import LargestImage
+from lightvl.engine.platform import Machine, Platform
+from lightvl.engine.watchdog import Watchdog
 from lightvl.errors import ConfigError
 from lightvl.images.cache import MediaCounters
 from lightvl.images.fetch import ImageFetcher
@@ -32,7 +31,6 @@ from lightvl.metrics import Metrics
 from lightvl.models.config import decoder_config, read_config
 from lightvl.models.families import default_image_tokens
 from lightvl.models.family import Family
-from lightvl.models.linear import pick_dtype
 from lightvl.models.load import resolve_checkpoint
 from lightvl.models.model import Model, build_model
 from lightvl.prompt.build import PromptBuilder, PromptLimits
@@ -46,13 +44,7 @@ from lightvl.scheduling.radix_cache import RadixCache
 from lightvl.scheduling.scheduler import Scheduler
 
 DEMO_NAME = "lightvl-demo"
-CPU_PAGE_SIZE = 16
-CPU_MAX_RUNNING = 64
-CPU_CHUNK_TOKENS = 512
-CPU_STEP_BUDGET_S = 0.12  # of a step that decodes: what a reader of a stream may have to wait for others' prefill
-CPU_ENCODE_BUDGET_S = 0.08  # of images, in a step that decodes; a piece of a tower layer at least
 COUNTED = ("downloads", "download_hits", "decodes", "decode_hits", "preprocesses", "pixel_hits")
-PROBE_SIZES = ((16384, 16384), (16384, 8192), (8192, 16384), (16384, 1024), (1024, 16384))
 
 
 @dataclass(slots=True)
@@ -85,8 +77,9 @@ class LightVLService:
 
 def build_service(config: ServerConfig, metrics: Metrics) -> LightVLService:
     """Loads the model, after all that can be wrong with the flags has been checked. Raises ConfigError."""
-    device = _pick_device(config)
-    dtype, dtype_reason = _pick_dtype(config, device)
+    platform = _pick_platform(config)
+    device, defaults = platform.device, platform.defaults
+    dtype, dtype_reason = platform.pick_dtype(config)
     checkpoint = _checkpoint(config)
     hf_config = read_config(checkpoint)
     generation_config = _read_json(checkpoint / "generation_config.json")
@@ -106,15 +99,17 @@ def build_service(config: ServerConfig, metrics: Metrics) -> LightVLService:
     model.load(checkpoint, config.load_format)
     load_s = time.monotonic() - began
     limits = SchedulerLimits(
-        page_size=config.page_size or CPU_PAGE_SIZE,
-        max_running=config.max_running_requests or CPU_MAX_RUNNING,
-        chunk_tokens=config.chunked_prefill_size or CPU_CHUNK_TOKENS,
+        page_size=config.page_size or defaults.page_size,
+        max_running=config.max_running_requests or defaults.max_running,
+        # never more than one whole prompt: memory is measured for that
+        chunk_tokens=min(config.chunked_prefill_size or defaults.chunk_tokens, context_len),
         context_len=context_len,
-        step_budget_s=CPU_STEP_BUDGET_S,
-        encode_budget_s=CPU_ENCODE_BUDGET_S,
+        step_budget_s=defaults.step_budget_s,
+        encode_budget_s=defaults.encode_budget_s,
+        mix_rows=defaults.mix_rows,
     )
     largest_image = _largest_image(model.family)
-    memory = plan_memory(config, model.config, limits, dtype, model.family.cross_page_len, largest_image)
+    machine = platform.assemble(model, limits, config, largest_image)
 
     counters = MediaCounters()
     for field in COUNTED:
@@ -147,15 +142,17 @@ def build_service(config: ServerConfig, metrics: Metrics) -> LightVLService:
     )
     report = [
         f"model: {info.served_name} ({info.family}), loaded in {load_s:.1f} s from {checkpoint}",
-        f"device: {device}, {torch.get_num_threads()} threads; dtype: {_told(dtype)} ({dtype_reason})"
+        f"device: {platform.told}; dtype: {_told(dtype)} ({dtype_reason})"
         + (f", stored as {_told(model.config.stored_dtype)}" if model.config.stored_dtype else ""),
         f"chat template: {template_choice.name} ({template_choice.reason})",
         f"context: {context_len} tokens ({context_reason})",
-        *memory.report,
+        *machine.memory.report,
+        *machine.report,
         _image_line(model.family, largest_image, config.max_image_tokens, image_tokens),
         *_scheduling_lines(limits, config),
     ]
-    engine = _build_engine(model, tokenizer, limits, memory, metrics, config)
+    watchdog = Watchdog(config.watchdog_timeout or defaults.watchdog_timeout_s)
+    engine = _build_engine(model, tokenizer, limits, machine, metrics, config, watchdog)
     return LightVLService(engine, prompts, info, report, fetcher, image_threads)
 
 
@@ -163,31 +160,17 @@ def _build_engine(
     model: Model,
     tokenizer: Tokenizer,
     limits: SchedulerLimits,
-    memory: MemoryPlan,
+    machine: Machine,
     metrics: Metrics,
     config: ServerConfig,
+    watchdog: Watchdog,
 ) -> Engine:
-    attention = CpuAttention(
-        model.config.kv_shape,
-        num_pages=memory.num_pages,
-        page_size=limits.page_size,
-        dtype=model.dtype,
-        num_cross_pages=memory.num_cross_pages,
-        cross_page_len=model.family.cross_page_len,
-    )
+    memory = machine.memory
     pages = PagePool(memory.num_pages)
     radix = None if config.disable_radix_cache else RadixCache(limits.page_size, pages)
     is_cross = model.family.cross_page_len > 0
     images = ImageStore(memory.num_cross_pages if is_cross else memory.num_feature_rows, paged=is_cross)
     scheduler = Scheduler(limits, pages, radix, images)
-    runner = Runner(
-        model,
-        attention,
-        FeatureStore(model, attention, encoder_attention),
-        PageTable(limits.max_running, min(memory.num_pages, -(-limits.context_len // limits.page_size))),
-        limits.page_size,
-        CpuStream(),
-    )
 
     def make_detokenizer(params: SamplingParams) -> Detokenizer:
         return Detokenizer(tokenizer, params.stop, not params.keep_special_tokens)
@@ -196,21 +179,14 @@ def _build_engine(
     metrics.gauge("kv_pages_held", lambda: pages.num_held)
     metrics.gauge("kv_pages_cached", lambda: pages.num_cached)
     metrics.gauge("preemptions_total", lambda: scheduler.num_preempted)
-    return Engine(scheduler, CpuDevice(runner.run), make_detokenizer, metrics)
+    return Engine(scheduler, machine.device, make_detokenizer, metrics, watchdog)
 
 
-def _pick_device(config: ServerConfig) -> torch.device:
-    if config.device.startswith("cuda"):
-        raise ConfigError(f"--device {config.device}: CUDA is not served yet; use --device cpu")
-    return torch.device("cpu")
-
-
-def _pick_dtype(config: ServerConfig, device: torch.device) -> tuple[torch.dtype, str]:
-    if config.dtype == "auto":
-        return pick_dtype(device)
-    if config.dtype == "float16" and device.type == "cpu":
-        raise ConfigError("--dtype float16: CPUs are very slow at it; use bfloat16 or float32")
-    return {"float32": torch.float32, "bfloat16": torch.bfloat16}[config.dtype], "--dtype"
+def _pick_platform(config: ServerConfig) -> Platform:
+    """Raises ConfigError where CUDA is asked for and torch cannot use it."""
+    if config.device == "cpu" or (config.device == "auto" and not torch.cuda.is_available()):
+        return CpuPlatform()
+    return CudaPlatform(cuda_device(config.device))
 
 
 def _told(dtype: torch.dtype) -> str:
@@ -246,11 +222,9 @@ def _context_len(config: ServerConfig, max_positions: int) -> tuple[int, str]:
 
 
 def _largest_image(family: Family) -> LargestImage:
-    """By asking for large images of several shapes."""
-    if family.image_token_id is None:
-        return LargestImage(0, 0)
-    layouts = [family.plan_image(width, height, num_images=1) for width, height in PROBE_SIZES]
-    return LargestImage(max(layout.num_tokens for layout in layouts), max(layout.num_cross_pages for layout in layouts))
+    layouts = probe_layouts(family)
+    most_tokens = max((layout.num_tokens for layout in layouts), default=0)
+    return LargestImage(most_tokens, max((layout.num_cross_pages for layout in layouts), default=0))
 
 
 def _image_line(family: Family, largest: LargestImage, asked: int | None, bound: int | None) -> str:
@@ -266,7 +240,7 @@ def _image_line(family: Family, largest: LargestImage, asked: int | None, bound:
 
 
 def _scheduling_lines(limits: SchedulerLimits, config: ServerConfig) -> list[str]:
-    chunk = "whole prompts" if limits.chunk_tokens >= NO_CHUNKING else f"{limits.chunk_tokens} tokens"
+    chunk = "whole prompts" if config.chunked_prefill_size == NO_CHUNKING else f"{limits.chunk_tokens} tokens"
     return [
         f"running at once: up to {limits.max_running} sequences; prefill chunks: up to {chunk}, "
         f"fewer while others decode (about {limits.step_budget_s:g} s a step)",

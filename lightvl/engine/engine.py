@@ -11,8 +11,9 @@ from collections.abc import Callable
 from typing import Literal
 
 from lightvl.core import Finish, Prompt, SamplingParams, TokenLogprob
-from lightvl.engine.device import Device, StepResult
+from lightvl.engine.device import Device, DeviceLost, StepResult
 from lightvl.engine.generation import ActiveChoice, EngineGeneration
+from lightvl.engine.watchdog import Watchdog
 from lightvl.errors import LightVLError, Overloaded
 from lightvl.metrics import Metrics
 from lightvl.prompt.detokenizer import Detokenizer
@@ -29,12 +30,18 @@ class Engine:
     """Submit and abort are called on the loop; `start` runs the machine as a task of its own until `close`."""
 
     def __init__(
-        self, scheduler: Scheduler, device: Device, make_detokenizer: MakeDetokenizer, metrics: Metrics
+        self,
+        scheduler: Scheduler,
+        device: Device,
+        make_detokenizer: MakeDetokenizer,
+        metrics: Metrics,
+        watchdog: Watchdog,
     ) -> None:
         self._scheduler = scheduler
         self._device = device
         self._make_detokenizer = make_detokenizer
         self._metrics = metrics
+        self._watchdog = watchdog
         metrics.add("images_encoded_total", 0)
         metrics.gauge("num_running", lambda: scheduler.num_running)
         metrics.gauge("num_waiting", lambda: scheduler.num_waiting)
@@ -49,9 +56,17 @@ class Engine:
 
     @property
     def healthy(self) -> bool:
-        return self._task is not None and not self._task.done()
+        return self._task is not None and not self._task.done() and not self._watchdog.failed
 
     def start(self) -> None:
+        loop = asyncio.get_running_loop()
+        hangs = Overloaded("The device does not answer; the server starts anew.")
+
+        def tell() -> None:
+            loop.call_soon_threadsafe(self._fail_all, hangs)
+
+        self._watchdog.on_failure = tell
+        self._watchdog.start()
         self._task = asyncio.create_task(self._run(), name="lightvl-engine")
 
     async def drain(self, timeout_s: float) -> None:
@@ -69,11 +84,14 @@ class Engine:
             await asyncio.gather(self._task, return_exceptions=True)
         self._fail_all(Overloaded("The server is shutting down."))
         await asyncio.to_thread(self._device.close)
+        self._watchdog.close()
 
     def submit(self, prompt: Prompt, params: SamplingParams) -> EngineGeneration:
         """Queue `params.n` choices. Raises BadRequest when the prompt can never fit, Overloaded when draining."""
-        if self._draining or not self.healthy:
+        if self._draining:
             raise Overloaded("The server is shutting down.")
+        if not self.healthy:
+            raise Overloaded("The engine has failed; see the server's log.")
         self._scheduler.check_fits(prompt, params)
         generation = EngineGeneration(self._abort)
         sequences = [Sequence(next(self._seq_ids), prompt, params, choice) for choice in range(params.n)]
@@ -90,6 +108,8 @@ class Engine:
                 plan = self._scheduler.plan()
                 if plan is not None:
                     self._in_flight.append((plan, self._device.submit(plan)))
+                    if len(self._in_flight) == 1:
+                        self._watchdog.step_began()
                 elif self._end_exhausted():
                     continue  # others may fit now
                 elif self._in_flight:
@@ -120,11 +140,18 @@ class Engine:
             result = await pending
         except asyncio.CancelledError:
             raise
+        except DeviceLost as error:
+            self._watchdog.condemn(f"the device is lost: {error}")
+            await asyncio.Event().wait()  # the watchdog tells the clients, then ends the process
         except Exception as error:
             keys = tuple(work.image.key for work in plan.encodes)
             result = StepResult(StepOutcome(failed=keys, rows_failed=True), rows_error=error)
             result.encode_errors = dict.fromkeys(result.outcome.failed, error)
         self._in_flight.popleft()
+        if self._in_flight:
+            self._watchdog.step_began()
+        else:
+            self._watchdog.idle()
         self._scheduler.complete(plan, result.outcome)
         self._fail_broken(plan, result)
         for sequence, token_id, logprob in result.tokens:

@@ -1,5 +1,5 @@
 """How much of everything fits: pages of both pools and feature rows, from the memory that is there. Pure numbers and
-their reasons; `build.py` asks, the start-up report tells."""
+their reasons; `cpu.py` and `measured.py` ask, the start-up report tells."""
 
 from __future__ import annotations
 
@@ -8,13 +8,10 @@ from pathlib import Path
 
 import torch
 
-from lightvl.config import ServerConfig
 from lightvl.errors import ConfigError
 from lightvl.models.config import DecoderConfig
 from lightvl.scheduling.limits import SchedulerLimits
 
-CPU_MEM_FRACTION = 0.5
-CPU_MAX_TOTAL_TOKENS = 1 << 18  # a cache of that many tokens is large for what two to sixty-four cores can prefill
 FEATURE_SHARE = 0.1  # of the K,V memory, for features that replace rows
 CROSS_SHARE = 0.5  # of the K,V memory, for cross pages
 MIN_FEATURE_ROWS = 4096
@@ -27,6 +24,17 @@ class LargestImage:
 
     num_tokens: int
     num_cross_pages: int
+
+
+@dataclass(frozen=True, slots=True)
+class Budget:
+    """What pages and features may take. `told`: why, for reports and errors. `most_tokens`: of K,V, more are of no
+    use. `is_hard`: what is beyond is surely not there."""
+
+    num_bytes: int
+    told: str
+    most_tokens: int | None = None
+    is_hard: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +56,8 @@ def available_bytes() -> int:
 
 
 def plan_memory(
-    config: ServerConfig,
+    given: Budget,
+    max_total_tokens: int | None,
     decoder: DecoderConfig,
     limits: SchedulerLimits,
     dtype: torch.dtype,
@@ -57,10 +66,7 @@ def plan_memory(
 ) -> MemoryPlan:
     """Raises ConfigError when not even one page fits."""
     shape = decoder.kv_shape
-    fraction = config.mem_fraction_static if config.mem_fraction_static is not None else CPU_MEM_FRACTION
-    available = available_bytes()
-    budget = int(available * fraction)
-    told = f"{fraction:g} of the {available / 2**30:.1f} GiB that are free"
+    budget, told = given.num_bytes, given.told
     report = []
 
     num_cross_pages = 0
@@ -84,15 +90,19 @@ def plan_memory(
         report.append(f"image features: {num_feature_rows} rows held ({num_feature_rows * row_bytes / 2**20:,.0f} MiB)")
 
     token_bytes = shape.bytes_per_token(dtype)
-    if config.max_total_tokens is not None:
-        num_tokens, why = config.max_total_tokens, "--max-total-tokens"
+    if max_total_tokens is not None:
+        num_tokens, why = max_total_tokens, "--max-total-tokens"
         if num_tokens * token_bytes > budget:
+            if given.is_hard:
+                raise ConfigError(
+                    f"--max-total-tokens {num_tokens}: takes {num_tokens * token_bytes / 2**30:.1f} GiB, "
+                    f"{max(0, budget) / 2**30:.1f} are left of {told}"
+                )
             why += f", more than {told}: it may not fit"
     else:
-        most = max(CPU_MAX_TOTAL_TOKENS, 2 * limits.context_len)
-        num_tokens, why = min(most, budget // token_bytes), told
-        if num_tokens == most:
-            why = "as many as are of use; less than the memory allows"
+        num_tokens, why = budget // token_bytes, told
+        if given.most_tokens is not None and num_tokens >= given.most_tokens:
+            num_tokens, why = given.most_tokens, "as many as are of use; less than the memory allows"
     num_pages = num_tokens // limits.page_size
     page_bytes = limits.page_size * token_bytes
     if num_pages < 1:

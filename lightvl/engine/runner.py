@@ -18,6 +18,7 @@ from lightvl.attention.base import AttentionBackend
 from lightvl.core import TokenLogprob
 from lightvl.engine.device import DeviceLost, StepResult
 from lightvl.engine.features import FeatureStore
+from lightvl.engine.graphs import DecodeGraphs
 from lightvl.engine.inputs import HostInputs, PageTable, build_inputs
 from lightvl.engine.sampler import Sampled, SampleRow, fetch, sample, to_host
 from lightvl.engine.stream import Stream, to_device
@@ -51,6 +52,7 @@ class Runner:
         page_table: PageTable,
         page_size: int,
         stream: Stream,
+        graphs: DecodeGraphs | None = None,
     ) -> None:
         self._model = model
         self._attention = attention
@@ -58,6 +60,7 @@ class Runner:
         self._page_table = page_table
         self._page_size = page_size
         self._stream = stream
+        self._graphs = graphs
         self._last_tokens = torch.zeros(page_table.max_running, dtype=torch.int64, device=model.device)
 
     def run(self, plan: StepPlan) -> StepResult:
@@ -87,6 +90,7 @@ class Runner:
         step.end = stream.mark()
         return step
 
+    @torch.inference_mode()
     def read_back(self, step: LaunchedStep) -> StepResult:
         """Waits for the device. May be called on another thread, while later steps are launched. Raises DeviceLost."""
         self._stream.wait(step.end)
@@ -117,7 +121,12 @@ class Runner:
             features=self._features,
             multi_axis_positions=self._model.config.mrope_section is not None,
         )
-        logits = self._model.forward(host.to_device(self._last_tokens, self._model.dtype), self._attention)
+        inputs = host.to_device(self._last_tokens, self._model.dtype)
+        logits: torch.Tensor | None
+        if self._graphs is not None and self._graphs.takes(inputs):
+            logits = self._graphs.forward(inputs)
+        else:
+            logits = self._model.forward(inputs, self._attention)
         if logits is None:
             return
         blocks = self._sample(logits, host)

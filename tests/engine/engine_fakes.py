@@ -12,6 +12,7 @@ import numpy as np
 from lightvl.core import Delta, Finish, Prompt, PromptImage, SamplingParams
 from lightvl.engine.device import StepResult
 from lightvl.engine.engine import Engine
+from lightvl.engine.watchdog import Watchdog
 from lightvl.metrics import Metrics
 from lightvl.scheduling.image_store import ImageStore
 from lightvl.scheduling.limits import SchedulerLimits
@@ -39,14 +40,30 @@ class FakeDevice:
         self.break_rows: Any = lambda plan: None
         self.break_encode: Any = lambda image: None
         self._encode_calls: dict[int, int] = {}
+        self._running: list[tuple[StepPlan, asyncio.Future[StepResult]]] = []
 
     def submit(self, plan: StepPlan) -> asyncio.Future[StepResult]:
         loop = asyncio.get_running_loop()
         future: asyncio.Future[StepResult] = loop.create_future()
         self.plans.append(plan)
+        self._check_pages(plan)
+        self._running.append((plan, future))
         result = self._result(plan)
         loop.call_later(self._random.choice([0.0, 0.0005, 0.002]), lambda: future.done() or future.set_result(result))
         return future
+
+    def _check_pages(self, plan: StepPlan) -> None:
+        """No page that a step in flight may still write belongs to another request now."""
+        self._running = [(earlier, future) for earlier, future in self._running if not future.done()]
+        written = {
+            page: row.sequence.prompt
+            for earlier, _ in self._running
+            for row in earlier.rows
+            for page in row.pages[row.start // PAGE_SIZE : (row.start + row.len - 1) // PAGE_SIZE + 1]
+        }
+        for row in plan.rows:
+            for page in row.pages[: (row.start + row.len - 1) // PAGE_SIZE + 1]:
+                assert written.get(page, row.sequence.prompt) is row.sequence.prompt, f"page {page} was given out"
 
     def _result(self, plan: StepPlan) -> StepResult:
         for key in plan.dropped_images:
@@ -114,7 +131,14 @@ class Machine:
     pages: PagePool
 
 
-def make_machine(*, num_pages: int = 64, max_steps_in_flight: int = 1, max_running: int = 8, seed: int = 0) -> Machine:
+def make_machine(
+    *,
+    num_pages: int = 64,
+    max_steps_in_flight: int = 1,
+    max_running: int = 8,
+    seed: int = 0,
+    watchdog: Watchdog | None = None,
+) -> Machine:
     pages = PagePool(num_pages)
     limits = SchedulerLimits(
         page_size=PAGE_SIZE,
@@ -127,7 +151,8 @@ def make_machine(*, num_pages: int = 64, max_steps_in_flight: int = 1, max_runni
     )
     scheduler = Scheduler(limits, pages, RadixCache(PAGE_SIZE, pages), ImageStore(64))
     device = FakeDevice(seed)
-    engine = Engine(scheduler, device, lambda params: LetterDetokenizer(params.stop), Metrics())  # type: ignore[arg-type,return-value]
+    watchdog = watchdog or Watchdog(60.0, backstop=False)
+    engine = Engine(scheduler, device, lambda params: LetterDetokenizer(params.stop), Metrics(), watchdog)  # type: ignore[arg-type,return-value]
     return Machine(engine, device, scheduler, pages)
 
 

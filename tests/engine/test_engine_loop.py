@@ -35,7 +35,7 @@ def tokens_of(prompt_ids: list[int], num_tokens: int, choice: int = 0) -> list[i
     return [expected_token(sequence, len(prompt_ids) + i) for i in range(num_tokens)]
 
 
-@pytest.mark.parametrize("max_steps_in_flight", [1, 2])
+@pytest.mark.parametrize("max_steps_in_flight", [1, 2, 3])
 async def test_many_requests_with_tiny_pools(max_steps_in_flight: int) -> None:
     draw = random.Random(7)
     async with running(num_pages=40, max_steps_in_flight=max_steps_in_flight) as machine:
@@ -53,7 +53,7 @@ async def test_many_requests_with_tiny_pools(max_steps_in_flight: int) -> None:
         await asyncio.gather(*(one(i) for i in range(60)))
 
 
-@pytest.mark.parametrize("max_steps_in_flight", [1, 2])
+@pytest.mark.parametrize("max_steps_in_flight", [1, 2, 3])
 async def test_stop_token_and_stop_string_end_once_and_free(max_steps_in_flight: int) -> None:
     ids = [3, 1, 4, 1, 5]
     tokens = tokens_of(ids, 40)

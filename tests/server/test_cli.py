@@ -34,6 +34,7 @@ def test_all_flags(tmp_path: Path) -> None:
         f"--model-path {tmp_path} --tokenizer-path org/tok --chat-template {tmp_path}/t.jinja --served-model-name m "
         "--load-format dummy --dtype bfloat16 --device cpu --context-length 4096 --mem-fraction-static 0.5 "
         "--max-total-tokens 8192 --max-running-requests 8 --chunked-prefill-size 256 --page-size 32 "
+        "--cuda-graph-max-bs 64 --watchdog-timeout 12.5 "
         "--disable-radix-cache --random-seed 5 --max-image-tokens 640 --allowed-media-domains a.org,B.org c.org "
         "--host 0.0.0.0 --port 0 --api-key k --log-level debug --log-requests"
     )
@@ -52,6 +53,8 @@ def test_all_flags(tmp_path: Path) -> None:
         chunked_prefill_size=256,
         page_size=32,
         disable_radix_cache=True,
+        cuda_graph_max_bs=64,
+        watchdog_timeout=12.5,
         random_seed=5,
         max_image_tokens=640,
         allowed_media_domains=("a.org", "b.org", "c.org"),
@@ -85,10 +88,11 @@ def test_paths_that_need_not_exist(path: str) -> None:
         ("--max-running-requests 0", "--max-running-requests"),
         ("--random-seed -1", "--random-seed"),
         ("--dtype int8", "--dtype bfloat16"),
-        ("--dtype float16", "--dtype CUDA"),
-        ("--device cuda", "--device CUDA not supported"),
-        ("--device cuda:1", "--device CUDA not supported"),
+        ("--dtype float16 --device cpu", "--dtype CUDA"),
+        ("--device cuda1", "--device cuda:N cuda1"),
         ("--device tpu", "--device tpu"),
+        ("--watchdog-timeout 0", "--watchdog-timeout above 0"),
+        ("--cuda-graph-max-bs 8 --disable-cuda-graph", "--cuda-graph-max-bs --disable-cuda-graph"),
         ("--load-format gguf", "--load-format gguf"),
         ("--model-path /no/such/place", "--model-path /no/such/place"),
         ("--model-path ./nowhere", "--model-path ./nowhere"),
