@@ -4,11 +4,18 @@ So their own code has run before a GPU sees it; and each of them must notice whe
 from __future__ import annotations
 
 import importlib
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from gpu.rooflines import decode_bytes, encode_flops, prefill_flops
 from gpu.rows import Context, Row
+from make_random_model import ARCHITECTURES, write_json
+
+from lightvl.models.config import decoder_config
+from lightvl.models.family import ImageLayout
+from lightvl.models.vision.config import mllama_vision_config, qwen_vision_config
 
 
 def dry(part: str, only: str = "") -> list[Row]:
@@ -51,3 +58,45 @@ def test_attention_notices_nan(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(CpuAttention, "attend", lambda self, idx, q, *_: (q * float("nan")).flatten(1))
     assert {row.verdict for row in dry("attention", "decode of 5")} == {"fail"}
+
+
+def test_families_dry() -> None:
+    rows = dry("families")
+    assert_passed(rows)
+    assert len(rows) >= 2 and all(row.value is not None for row in rows)
+
+
+def test_speed_dry() -> None:
+    rows = dry("speed")
+    assert_passed(rows)
+    values = {row.check: row.value for row in rows}
+    assert len(values) == 2 + 2 * (1 + 2 + 1 + 2)
+    assert all(value is not None and value > 0 for value in values.values())
+
+
+def test_rooflines_of_the_real_models(tmp_path: Path) -> None:
+    """Against the published sizes: 7.62 and 10.67 billion parameters, of which a step reads what it must."""
+    configs = {}
+    for name in ("qwen2-vl-7b", "llama-3.2-11b-vision"):
+        configs[name] = decoder_config(ARCHITECTURES[name].config)
+    qwen, llama = configs["qwen2-vl-7b"], configs["llama-3.2-11b-vision"]
+    one = decode_bytes(qwen, [1000], num_cross_pages=0, cross_page_len=0)
+    assert one == pytest.approx(2 * (7.615e9 - 152064 * 3584) + 1000 * 57344, rel=1e-3)
+    assert decode_bytes(qwen, [10, 20], num_cross_pages=0, cross_page_len=0) - one == (30 - 1000) * 57344
+    text = decode_bytes(llama, [0], num_cross_pages=0, cross_page_len=1601)
+    assert text == pytest.approx(2 * 7.5e9, rel=5e-3), "Llama-3.1-8B without its embedding"
+    seen = decode_bytes(llama, [0], num_cross_pages=2, cross_page_len=1601)
+    kv = 2 * 2 * 8 * 1601 * 8 * 128 * 2
+    assert seen - text - kv == 2 * 8 * 4096 * (2 * 4096 + 3 * 14336)
+    # 2 operations per weight and token; attention adds an eighth at 8k
+    assert prefill_flops(qwen, 8192) == pytest.approx(2 * 8192 * 6.525e9 * 1.126, rel=2e-3)
+    # weights that each patch passes, for mllama with projector and cross K,V; and scores, that grow with its square
+    for name, vision_config, grid, pages, patches, params in (
+        ("qwen2-vl-7b", qwen_vision_config, (1, 80, 80), 0, 6400, 0.641e9),
+        ("llama-3.2-11b-vision", mllama_vision_config, (6, 2, 2), 4, 6404, 0.886e9),
+    ):
+        write_json(tmp_path / "preprocessor_config.json", ARCHITECTURES[name].preprocessor_config)
+        vision = vision_config(ARCHITECTURES[name].config, tmp_path)
+        scores = 4 * patches**2 * 1280 * (32 if not pages else 40)
+        flops = encode_flops(vision, configs[name], ImageLayout(1600, pages, 1120, 1120, grid))
+        assert (flops - scores) / (2 * patches) == pytest.approx(params, rel=2e-3)

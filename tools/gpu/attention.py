@@ -151,7 +151,7 @@ def _random(device: str, *shape: int) -> torch.Tensor:
 
 def _norms(device: str, row: Row) -> None:
     torch.manual_seed(0)
-    ours, exact = ops_for(torch.device(device)), TorchOps()
+    ours, exact = ops_for(torch.device(device), DTYPE), TorchOps()
     x, branch, weight = _random(device, 33, 3584), _random(device, 33, 3584), _random(device, 3584)
     heads, head_weight = _random(device, 33, 5, 128), _random(device, 128)
     wide = (branch.float(), x.float(), weight.float(), 1e-5)
@@ -166,7 +166,7 @@ def _norms(device: str, row: Row) -> None:
 def _silu(device: str, row: Row) -> None:
     torch.manual_seed(1)
     x = _random(device, 9, 2 * 18944)
-    judge(row, [(ops_for(torch.device(device)).silu_and_mul(x.clone()), TorchOps().silu_and_mul(x.float()))])
+    judge(row, [(ops_for(torch.device(device), DTYPE).silu_and_mul(x.clone()), TorchOps().silu_and_mul(x.float()))])
 
 
 def _rope(device: str, row: Row) -> None:
@@ -175,7 +175,7 @@ def _rope(device: str, row: Row) -> None:
     for dim in (64, 128):
         heads = _random(device, 40, 7 + 2, dim)
         angles = torch.rand(40, dim // 2, device=device) * 5000
-        ours, exact = ops_for(torch.device(device)), TorchOps()
+        ours, exact = ops_for(torch.device(device), DTYPE), TorchOps()
         want = exact.rope(heads.float(), 7, 1, exact.rope_table(angles.cos(), angles.sin()))
         got = ours.rope(heads.clone(), 7, 1, ours.rope_table(angles.cos(), angles.sin()))
         pairs += zip(got, want, strict=True)
