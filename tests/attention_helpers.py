@@ -71,7 +71,8 @@ class Dense:
         self.random = random.Random(seed)
         torch.manual_seed(seed)
         self.num_pages = num_tokens // page_size + 16
-        self.backend = make(KVShape(layers, kv_heads, dim), num_pages=self.num_pages, page_size=page_size, dtype=dtype)
+        shape = KVShape(layers, kv_heads, dim, num_heads=self.heads)
+        self.backend = make(shape, num_pages=self.num_pages, page_size=page_size, dtype=dtype)
         fill_with_garbage(self.backend)
         self.free = self.random.sample(range(self.num_pages), self.num_pages)
         self.pages: dict[int, list[int]] = {}
@@ -141,7 +142,7 @@ def cross_pairs(
     heads, kv_heads = 2 * groups, 2
     torch.manual_seed(groups)
     backend = make(
-        KVShape(1, kv_heads, dim, num_cross_layers=2),
+        KVShape(1, kv_heads, dim, num_cross_layers=2, num_heads=heads),
         num_pages=8,
         page_size=4,
         dtype=dtype,

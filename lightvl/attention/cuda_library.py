@@ -22,7 +22,6 @@ def flashinfer() -> ModuleType:
     os.environ.setdefault("FLASHINFER_USE_CUDA_NORM", "1")
     try:
         import flashinfer as library
-        import flashinfer.decode
     except ImportError as error:
         raise ConfigError(f"serving on CUDA needs flashinfer ({error}); pip install 'lightvl[cuda]'") from error
     if library.__version__.split("+")[0] != FLASHINFER:

@@ -21,6 +21,7 @@ class KVShape:
     num_kv_heads: int
     head_dim: int
     num_cross_layers: int = 0
+    num_heads: int | None = None  # of queries; kernels for GPUs plan a step by them
 
     def bytes_per_token(self, dtype: torch.dtype) -> int:
         """K and V of one token in all self-attention layers."""
@@ -35,7 +36,7 @@ class PageStore:
     """`keys` and `values`: (layers, G, num_pages, page_len, D).
 
     Head first, so that one head's keys of consecutive pages are one matrix, and gathered pages too: what a matmul on a
-    CPU wants. (Kernels for GPUs want pages first; their backend brings its own store.)
+    CPU wants.
     """
 
     def __init__(
@@ -63,6 +64,47 @@ class PageStore:
         for source, target in pairs:
             self.keys[:, :, target].copy_(self.keys[:, :, source])
             self.values[:, :, target].copy_(self.values[:, :, source])
+
+
+class PagesFirstStore:
+    """`keys` and `values`: (layers, num_pages + 1, page_len, G, D), as kernels for GPUs want them.
+
+    The last page is scratch: it is nobody's, and rows that pad a batch are written there.
+    """
+
+    def __init__(
+        self,
+        num_layers: int,
+        num_kv_heads: int,
+        num_pages: int,
+        page_len: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        shape = (num_layers, num_pages + 1, page_len, num_kv_heads, head_dim)
+        self.keys = torch.zeros(shape, dtype=dtype, device=device)
+        self.values = torch.zeros(shape, dtype=dtype, device=device)
+        self.page_len, self.scratch_page = page_len, num_pages
+        # made once: a view costs as much of the host's time as a launch
+        self.layers = list(zip(self.keys.unbind(), self.values.unbind(), strict=True))
+        """(pages, page_len, G, D) of each layer."""
+        self.slots = [(k.view(-1, 1, *k.shape[2:]), v.view(-1, 1, *v.shape[2:])) for k, v in self.layers]
+        """The same as pages of one token: (slots, 1, G, D)."""
+
+    def write_pages(self, layer_idx: int, pages: tuple[int, ...], k: torch.Tensor, v: torch.Tensor) -> None:
+        """k, v (len(pages) * page_len, G, D), page after page."""
+        keys, values = self.layers[layer_idx]
+        for source, page in enumerate(pages):
+            rows = slice(source * self.page_len, (source + 1) * self.page_len)
+            keys[page].copy_(k[rows])
+            values[page].copy_(v[rows])
+
+    def copy_pages(self, pairs: tuple[tuple[int, int], ...]) -> None:
+        """Copy whole pages (from, to) in every layer."""
+        for source, target in pairs:
+            self.keys[:, target].copy_(self.keys[:, source])
+            self.values[:, target].copy_(self.values[:, source])
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:

@@ -61,7 +61,13 @@ class DecoderConfig:
     @property
     def kv_shape(self) -> KVShape:
         num_self_layers = self.num_layers - len(self.cross_layers)
-        return KVShape(num_self_layers, self.num_kv_heads, self.head_dim, num_cross_layers=len(self.cross_layers))
+        return KVShape(
+            num_self_layers,
+            self.num_kv_heads,
+            self.head_dim,
+            num_cross_layers=len(self.cross_layers),
+            num_heads=self.num_heads,
+        )
 
 
 # What transformers' config classes assume when a file does not say: nested text_configs are often written as
