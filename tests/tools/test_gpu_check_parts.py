@@ -13,6 +13,7 @@ from gpu.rooflines import decode_bytes, encode_flops, prefill_flops
 from gpu.rows import Context, Row
 from make_random_model import ARCHITECTURES, write_json
 
+from lightvl.engine.graphs import DecodeGraphs
 from lightvl.models.config import decoder_config
 from lightvl.models.family import ImageLayout
 from lightvl.models.vision.config import mllama_vision_config, qwen_vision_config
@@ -100,3 +101,17 @@ def test_rooflines_of_the_real_models(tmp_path: Path) -> None:
         scores = 4 * patches**2 * 1280 * (32 if not pages else 40)
         flops = encode_flops(vision, configs[name], ImageLayout(1600, pages, 1120, 1120, grid))
         assert (flops - scores) / (2 * patches) == pytest.approx(params, rel=2e-3)
+
+
+def test_graphs_dry() -> None:
+    rows = dry("graphs")
+    assert_passed(rows)
+    assert {row.verdict for row in rows if "graph equals" in row.check} == {"pass"}
+    assert any("preempted" in row.note for row in rows)
+
+
+def test_graphs_notice_what_is_not_padded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A graph that goes on with the step before."""
+    monkeypatch.setattr(DecodeGraphs, "forward", lambda self, inputs: self._logits[: len(inputs.token_ids)])
+    rows = dry("graphs", "llama: graph")
+    assert {row.verdict for row in rows} == {"fail"}

@@ -4,24 +4,46 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
 
 from lightvl.attention.base import EncoderAttention
 from lightvl.attention.cpu import CpuAttention, encoder_attention
+from lightvl.engine.graphs import Graph
 
 
 def make_attention(device: str) -> Callable[..., Any]:
     """An `AttentionBackend` from CpuAttention's arguments, that also has `pages` and `cross_pages` with `keys` and
     `values`."""
-    if device == "cpu":
-        return CpuAttention
-    from functools import partial
+    return CpuAttention if device == "cpu" else _cuda_attention(device)
 
+
+def make_graph_attention(device: str) -> Callable[..., Any]:
+    """The same, with `fixed_decode`."""
+    if device == "cpu":
+        from cuda_helpers import FixedCpuAttention
+
+        return FixedCpuAttention
+    return _cuda_attention(device)
+
+
+def _cuda_attention(device: str) -> Callable[..., Any]:
     from lightvl.attention.cuda import CudaAttention
 
     return partial(CudaAttention, device=torch.device(device))
+
+
+def make_graphs_pool(device: str) -> Callable[[], Graph]:
+    """What makes the graphs of one pool."""
+    if device == "cpu":
+        from cuda_helpers import CallableGraph
+
+        return CallableGraph
+    from lightvl.engine.cuda import graphs_pool
+
+    return graphs_pool()
 
 
 def tower_attention(device: str) -> EncoderAttention:
