@@ -65,6 +65,9 @@ class ScriptedMeter:
     def free_bytes(self) -> int:
         return self.free
 
+    def settle(self) -> None:
+        pass
+
     def peak_bytes(self, run: Callable[[], object]) -> int:
         run()
         return next(self._peaks) if self._peaks is not None else MIB

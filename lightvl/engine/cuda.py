@@ -118,12 +118,15 @@ class CudaMeter:
         self.total_bytes = torch.cuda.mem_get_info(device)[1]
 
     def free_bytes(self) -> int:
-        torch.cuda.synchronize(self._device)
-        gc.collect()
-        torch.cuda.empty_cache()
         return torch.cuda.mem_get_info(self._device)[0]
 
+    def settle(self) -> None:
+        torch.cuda.synchronize(self._device)
+        gc.collect()  # tensors in cycles hold their memory until then
+        torch.cuda.empty_cache()
+
     def peak_bytes(self, run: Callable[[], object]) -> int:
+        self.settle()
         before = self.free_bytes()
         torch.cuda.reset_peak_memory_stats(self._device)
         reserved = torch.cuda.memory_reserved(self._device)
@@ -131,7 +134,7 @@ class CudaMeter:
         torch.cuda.synchronize(self._device)
         by_torch = torch.cuda.max_memory_reserved(self._device) - reserved
         # torch gives nothing back by itself, so what the driver misses now is the peak, what others hold included
-        return max(by_torch, before - torch.cuda.mem_get_info(self._device)[0])
+        return max(by_torch, before - self.free_bytes())
 
 
 class CudaGraph:

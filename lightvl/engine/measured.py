@@ -36,12 +36,14 @@ class Meter(Protocol):
 
     total_bytes: int
 
-    def free_bytes(self) -> int:
-        """After unused blocks have been given back."""
+    def free_bytes(self) -> int: ...
+
+    def settle(self) -> None:
+        """Give back what is held but not used."""
         ...
 
     def peak_bytes(self, run: Callable[[], object]) -> int:
-        """The most by which the memory in use grows while `run` runs, or stays grown after it."""
+        """Settles; then the most by which the memory in use grows while `run` runs, or stays grown after it."""
         ...
 
 
@@ -82,6 +84,7 @@ def build_runner(
     if not config.disable_cuda_graph:
         sizes = batch_sizes(min(config.cuda_graph_max_bs or limits.max_running, limits.max_running))
     needs = _measure(model, limits, largest, sizes, kit)
+    kit.meter.settle()
     memory = plan_memory(
         _budget(config.mem_fraction_static, needs, kit.meter),
         config.max_total_tokens,
@@ -103,6 +106,7 @@ def build_runner(
 def _measure(model: Model, limits: SchedulerLimits, largest: LargestImage, sizes: Sequence[int], kit: Kit) -> Needs:
     """By a backend with a single page, which is let go again."""
     meter = kit.meter
+    meter.settle()
     before = meter.free_bytes()
     num_cross_pages = largest.num_cross_pages if model.family.cross_page_len else 0
     attention = kit.make_attention(1, num_cross_pages)

@@ -72,11 +72,8 @@ class Runner:
         stream = self._stream
         self._features.drop(plan.dropped_images)
         step = LaunchedStep(plan, begin=stream.mark())
-        advanced = self._features.advance(plan.encodes, plan.encode_budget_s)
-        if advanced.ended:
-            step.encoded = list(advanced.ended)
-            step.is_finite = stream.to_host(torch.stack(list(advanced.ended.values())))
-        step.encode_errors = {key: _told(error) for key, error in advanced.errors.items()}
+        if plan.encodes:
+            self._encode(plan, step)
         step.encode_end = stream.mark()
         try:
             if plan.page_copies:
@@ -112,6 +109,13 @@ class Runner:
             sequences = [sequence for row in step.plan.rows for sequence in row.samples]
             tokens = [(sequence, *result) for sequence, result in zip(sequences, results, strict=True)]
         return StepResult(outcome, tokens, errors, step.rows_error)
+
+    def _encode(self, plan: StepPlan, step: LaunchedStep) -> None:
+        advanced = self._features.advance(plan.encodes, plan.encode_budget_s)
+        step.encode_errors = {key: _told(error) for key, error in advanced.errors.items()}
+        if advanced.ended:
+            step.encoded = list(advanced.ended)
+            step.is_finite = self._stream.to_host(torch.stack(list(advanced.ended.values())))
 
     def _compute(self, rows: tuple[Row, ...], step: LaunchedStep) -> None:
         host = build_inputs(

@@ -15,19 +15,21 @@ fused or packed weights (`linear.Linear`) declare their own by a `weight_targets
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NoReturn
 
 import torch
 from torch import nn
 from tqdm import tqdm
 
 from lightvl.errors import ConfigError
-from lightvl.models.shards import open_shard, weight_files
+from lightvl.models.shards import Tensors, open_shard, weight_files
+from lightvl.models.staging import stage
 
 LoadFormat = Literal["auto", "safetensors", "dummy"]
+CPU = torch.device("cpu")
 
 NEVER_WEIGHTS = re.compile(r"(?:.*\.)?(?:inv_freq|position_ids|original_inv_freq)")
 """Buffers that old checkpoints carry and that every model computes for itself."""
@@ -35,7 +37,8 @@ NEVER_WEIGHTS = re.compile(r"(?:.*\.)?(?:inv_freq|position_ids|original_inv_freq
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """A place that one checkpoint tensor fills: `fill` gets a tensor of exactly `shape`, any floating dtype, host."""
+    """A place that one checkpoint tensor fills: `fill` gets a tensor of exactly `shape`, any floating dtype, on the
+    host or on the model's device."""
 
     shape: tuple[int, ...]
     fill: Callable[[torch.Tensor], None]
@@ -104,7 +107,8 @@ class _Ledger:
         self.empty = {(part.title, name) for _, _, part in self.parts for name in part.targets}
         self.unused: list[str] = []
 
-    def place(self, name: str, read: Callable[[], torch.Tensor]) -> None:
+    def claim(self, name: str) -> Target | None:
+        """The target that this name fills, once; None for a name that fills none."""
         hits: dict[tuple[str, str], Target | None] = {}
         for patterns, excused, part in self.parts:
             for pattern in patterns:
@@ -119,22 +123,26 @@ class _Ledger:
         if not hits:
             if not NEVER_WEIGHTS.fullmatch(name):
                 self.unused.append(name)
-            return
+            return None
         assert len(hits) == 1, f"{name} belongs to several parts: {sorted(hits)}"
         (key, target), *_ = hits.items()
         if target is None:
-            return
+            return None
         if key not in self.empty:
             raise ConfigError(f"the checkpoint gives {key[0]} weight {key[1]} twice (second time as {name})")
-        tensor = read()
+        self.empty.remove(key)
+        return target
+
+    def read(self, tensors: Tensors, name: str, target: Target) -> torch.Tensor:
+        """What the target asks for, still in its file."""
+        tensor = tensors.get_tensor(name)
         if tuple(tensor.shape) != target.shape:
             raise ConfigError(
                 f"{name} has shape {list(tensor.shape)} in the checkpoint, {list(target.shape)} in the model"
             )
         if not tensor.is_floating_point():
             raise ConfigError(f"{name} is stored as {tensor.dtype}; quantized checkpoints are not served")
-        target.fill(tensor)
-        self.empty.remove(key)
+        return tensor
 
     def close(self) -> None:
         if self.empty:
@@ -148,17 +156,20 @@ def _some(names: list[str]) -> str:
     return f"{', '.join(names[:3])}" + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
-def load_weights(parts: Iterable[WeightPart], checkpoint: Path, load_format: LoadFormat = "auto") -> None:
-    """Fill every target of `parts`. Raises ConfigError for missing, unknown, doubled or misshapen weights."""
+def load_weights(
+    parts: Iterable[WeightPart], checkpoint: Path, load_format: LoadFormat = "auto", *, device: torch.device = CPU
+) -> None:
+    """Fill every target of `parts`, which are on `device`. Raises ConfigError for missing, unknown, doubled or
+    misshapen weights."""
     parts = list(parts)
     if load_format == "dummy":
-        _fill_dummy(parts)
+        _fill_dummy(parts, device)
         return
     for folder in dict.fromkeys(part.folder or checkpoint for part in parts):
-        _load_folder([part for part in parts if (part.folder or checkpoint) == folder], folder)
+        _load_folder([part for part in parts if (part.folder or checkpoint) == folder], folder, device)
 
 
-def _load_folder(parts: list[WeightPart], folder: Path) -> None:
+def _load_folder(parts: list[WeightPart], folder: Path, device: torch.device) -> None:
     ledger = _Ledger(parts)
     files = weight_files(folder)
     num_names = 0
@@ -168,18 +179,27 @@ def _load_folder(parts: list[WeightPart], folder: Path) -> None:
     with tqdm(total=num_names, desc="Loading weights", unit="tensor", leave=False) as bar:
         for file in files:
             with open_shard(file) as tensors:
-                for name in tensors.keys():  # noqa: SIM118  (not a dict)
-                    ledger.place(name, lambda name=name, tensors=tensors: tensors.get_tensor(name))  # type: ignore[misc]
-                    bar.update()
+                claimed = _claimed(ledger, tensors, bar)
+                for target, tensor in claimed if device.type == "cpu" else stage(claimed, device):
+                    target.fill(tensor)
     ledger.close()
 
 
-def _fill_dummy(parts: list[WeightPart], *, seed: int = 0, std: float = 0.02) -> None:
+def _claimed(ledger: _Ledger, tensors: Tensors, bar: tqdm[NoReturn]) -> Iterator[tuple[Target, torch.Tensor]]:
+    for name in tensors.keys():  # noqa: SIM118  (not a dict)
+        target = ledger.claim(name)
+        if target is not None:
+            yield target, ledger.read(tensors, name, target)
+        bar.update()
+
+
+def _fill_dummy(parts: list[WeightPart], device: torch.device, *, seed: int = 0, std: float = 0.02) -> None:
     """Seeded random weights, norm weights near one. Rows overlap in one block of noise: drawing every weight of a 2B
     model would take longer than reading a real checkpoint."""
     targets = [item for part in parts for item in sorted(part.targets.items())]
     most = max((_matrix_shape(target.shape)[1] for _, target in targets), default=0)
-    block = torch.empty(max(1 << 22, 2 * most)).normal_(std=std, generator=torch.Generator().manual_seed(seed))
+    block = torch.empty(max(1 << 22, 2 * most), device=device)
+    block.normal_(std=std, generator=torch.Generator(device).manual_seed(seed))
     for idx, (name, target) in enumerate(tqdm(targets, desc="Dummy weights", unit="tensor", leave=False)):
         num_rows, row_len = _matrix_shape(target.shape)
         stride = (len(block) // 2 - row_len) // num_rows

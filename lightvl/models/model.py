@@ -29,7 +29,8 @@ class Model:
     def load(self, checkpoint: Path, load_format: LoadFormat = "auto") -> None:
         """Fill decoder, tower and projector. Raises ConfigError."""
         with torch.inference_mode():
-            load_weights([self.decoder.weight_part(), *self.family.weight_parts()], checkpoint, load_format)
+            parts = [self.decoder.weight_part(), *self.family.weight_parts()]
+            load_weights(parts, checkpoint, load_format, device=self.device)
 
     def forward(self, inputs: StepInputs, attention: AttentionBackend) -> torch.Tensor | None:
         """One step: prepare the backend, then the decoder. Logits (S, vocab_size), or None when none are wanted."""
