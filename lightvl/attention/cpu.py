@@ -1,8 +1,9 @@
-"""Attention in plain torch for CPUs: paged self-attention, cross attention, and full attention for vision towers.
+"""Attention for CPUs: paged self-attention, cross attention, and full attention for vision towers.
 
-Everything is matrix products over blocks small enough for the cache (facts: torch's SDPA is three to ten times slower
-here). Scores are rounded to the model's dtype once, after scaling; torch's softmax computes in float32 inside.
-The engine calls `CpuAttention` on the lane thread; the reference for it is dense attention in tests/attention.
+Decode rows go to our own kernel where it runs (bfloat16). Everything else is torch's matrix products over blocks small
+enough for the cache (facts: torch's SDPA is three to ten times slower here). There, scores are rounded to the model's
+dtype once, after scaling; torch's softmax computes in float32 inside. The engine calls `CpuAttention` on the lane
+thread; the reference for it is dense attention in tests/attention.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import torch
 
 from lightvl.attention.base import StepInputs
 from lightvl.attention.store import KVShape, PageStore
+from lightvl.kernels.cpu import cpu_kernels
 
 SCORE_BLOCK = 1 << 20
 """Most scores computed at once, in elements: 2 MB in bfloat16."""
@@ -27,8 +29,17 @@ SHORT_SEGMENT = 256
 
 
 @dataclass(slots=True)
+class _DecodeRows:
+    """All rows of one token, for the kernel."""
+
+    token_idx: torch.Tensor | slice  # (n,) in the step; a slice where they follow each other
+    pages: torch.Tensor  # (n, P)
+    kv_lens: torch.Tensor  # (n,) int64
+
+
+@dataclass(slots=True)
 class _DecodeGroup:
-    """Rows of one token each and of similar length, attended together."""
+    """Rows of one token each and of similar length, attended together by torch."""
 
     token_idx: torch.Tensor  # (n,) in the step
     pages: torch.Tensor  # (n * P,), rows padded to P pages
@@ -69,9 +80,11 @@ class CpuAttention:
         heads, dim = shape.num_kv_heads, shape.head_dim
         self.pages = PageStore(shape.num_layers, heads, num_pages, page_size, dim, dtype)
         self.cross_pages = PageStore(shape.num_cross_layers, heads, num_cross_pages, cross_page_len, dim, dtype)
+        self._kernels = cpu_kernels() if dtype == torch.bfloat16 and dim % 32 == 0 else None
         self._scale = dim**-0.5
         self._scratch = torch.empty(0, dtype=dtype)
         self._prepared_for: StepInputs | None = None
+        self._decode_rows: _DecodeRows | None = None
         self._groups: list[_DecodeGroup] = []
         self._chunks: list[_Chunk] = []
         self._cross: list[_CrossGroup] = []
@@ -89,7 +102,11 @@ class CpuAttention:
             else:
                 self._chunks.append(_Chunk(start, q_len, kv_len, rows.page_table[row_idx, :num_pages]))
             start += q_len
-        self._groups = [self._decode_group(group, rows.page_table) for group in self._similar(decode)]
+        self._decode_rows, self._groups = None, []
+        if decode and self._kernels is not None:
+            self._decode_rows = _decode_rows(decode, rows.page_table)
+        else:
+            self._groups = [self._decode_group(group, rows.page_table) for group in self._similar(decode)]
         self._cross = [] if inputs.cross is None else _cross_groups(inputs)
         self._prepared_for = inputs
 
@@ -128,6 +145,10 @@ class CpuAttention:
         for chunk in self._chunks:
             rows = slice(chunk.start, chunk.start + chunk.len)
             out[rows] = self._attend_chunk(q[rows], keys, values, chunk)
+        if self._kernels is not None and self._decode_rows is not None:
+            decode, store = self._decode_rows, self.pages
+            paged = store.keys[layer_idx], store.values[layer_idx], decode.pages, decode.kv_lens
+            out[decode.token_idx] = self._kernels.decode_attention(q[decode.token_idx], *paged, self._scale)
         for group in self._groups:
             out.index_copy_(0, group.token_idx, self._attend_decode(q[group.token_idx], keys, values, group))
         return out.flatten(1)
@@ -191,6 +212,18 @@ class CpuAttention:
 
     def copy_pages(self, pairs: tuple[tuple[int, int], ...]) -> None:
         self.pages.copy_pages(pairs)
+
+
+def _decode_rows(decode: list[tuple[int, int, int, int]], page_table: torch.Tensor) -> _DecodeRows:
+    """From (pages, keys, token, row) of each."""
+    _, kv_lens, tokens, row_idx = zip(*decode, strict=True)
+    first, last = tokens[0], tokens[-1] + 1
+    follow = last - first == len(tokens)
+    return _DecodeRows(
+        token_idx=slice(first, last) if follow else torch.tensor(tokens),
+        pages=page_table if len(tokens) == len(page_table) else page_table[list(row_idx)],
+        kv_lens=torch.tensor(kv_lens),
+    )
 
 
 def _cross_groups(inputs: StepInputs) -> list[_CrossGroup]:

@@ -1,5 +1,5 @@
 """The elementwise operations between a decoder's matmuls: norms, the gated activation, rope. One small seam, chosen by
-device when a model is built: torch here, flashinfer's fused kernels in `cuda_ops.py`.
+device when a model is built: torch and our own kernels for CPUs here, flashinfer's fused kernels in `cuda_ops.py`.
 
 Called by `models/decoder.py` and `models/rope.py`; knows no layers. T tokens, D head size.
 """
@@ -10,6 +10,8 @@ from typing import Protocol
 
 import torch
 from torch.nn import functional as F
+
+from lightvl.kernels.cpu import CpuKernels, cpu_kernels
 
 RopeTable = tuple[torch.Tensor, torch.Tensor]
 """What `Ops.rope_table` makes and `Ops.rope` takes, once per step: its contents are the implementation's own."""
@@ -83,10 +85,39 @@ def apply_rope(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.T
     return torch.addcmul(turned.mul_(sin), wide, cos).to(x.dtype)
 
 
-def ops_for(device: torch.device) -> Ops:
-    """Raises ConfigError where the device's kernels are not installed."""
+class CpuKernelOps:
+    """As `TorchOps`, rounding included, in one pass each; bfloat16 only."""
+
+    def __init__(self, kernels: CpuKernels) -> None:
+        self._kernels = kernels
+
+    def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+        return self._kernels.rms_norm(x.contiguous(), weight, eps)
+
+    def add_rms_norm(
+        self, branch: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, eps: float
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        return self._kernels.rms_norm(x, weight, eps, branch), x
+
+    def silu_and_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
+        return self._kernels.silu_and_mul(gate_up)
+
+    def rope_table(self, cos: torch.Tensor, sin: torch.Tensor) -> RopeTable:
+        return cos.contiguous(), sin.contiguous()
+
+    def rope(
+        self, heads: torch.Tensor, num_heads: int, num_kv_heads: int, table: RopeTable
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        num_turned = num_heads + num_kv_heads
+        self._kernels.rope(heads, num_turned, *table)
+        return heads[:, :num_heads], heads[:, num_heads:num_turned], heads[:, num_turned:]
+
+
+def ops_for(device: torch.device, dtype: torch.dtype) -> Ops:
+    """Raises ConfigError where the device's kernels are not installed; on a CPU they are not needed."""
     if device.type == "cuda":
         from lightvl.attention.cuda_ops import FlashinferOps
 
         return FlashinferOps()
-    return TorchOps()
+    kernels = cpu_kernels() if dtype == torch.bfloat16 else None
+    return TorchOps() if kernels is None else CpuKernelOps(kernels)

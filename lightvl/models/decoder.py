@@ -178,7 +178,7 @@ class Decoder:
     def __init__(self, config: DecoderConfig, dtype: torch.dtype, device: torch.device) -> None:
         self.config, self.dtype = config, dtype
         self._embedding = torch.empty(config.embedding_rows, config.hidden_size, dtype=dtype, device=device)
-        ops = ops_for(device)
+        ops = ops_for(device, dtype)
         self._rope = Rope(config, device, ops)
         self._layers: list[SelfLayer | CrossLayer] = []
         self._cross_layers: list[CrossLayer] = []

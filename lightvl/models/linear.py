@@ -11,7 +11,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from lightvl.models.cpu_linear import MAX_ROWS, FewRowsLinear, few_rows_linear
+from lightvl.kernels.cpu import MAX_LINEAR_ROWS, CpuKernels, cpu_kernels
 from lightvl.models.load import Target
 
 PACK_ROWS_HINT = 64
@@ -54,8 +54,8 @@ class Linear(nn.Module):
         self._bias = torch.empty(self._out_features, dtype=dtype, device=device) if bias else None
         self._num_empty = len(pieces)
         self._is_packed = False
-        wants_kernel = few_rows and device.type == "cpu" and dtype == torch.bfloat16
-        self._few_rows_linear: FewRowsLinear | None = few_rows_linear() if wants_kernel else None
+        wants_kernels = few_rows and device.type == "cpu" and dtype == torch.bfloat16
+        self._kernels: CpuKernels | None = cpu_kernels() if wants_kernels else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(..., in) to (..., out)."""
@@ -63,8 +63,8 @@ class Linear(nn.Module):
         if self._is_packed:
             out: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, self._weight, self._bias, "none", [], "")
             return out
-        if self._few_rows_linear is not None and x.numel() <= MAX_ROWS * self._in_features:
-            return self._few_rows_linear(x, self._weight, self._bias)
+        if self._kernels is not None and x.numel() <= MAX_LINEAR_ROWS * self._in_features:
+            return self._kernels.linear(x, self._weight, self._bias)
         return F.linear(x, self._weight, self._bias)
 
     def weight_targets(self) -> dict[str, Target]:
@@ -93,7 +93,7 @@ class Linear(nn.Module):
             self._pack()
 
     def _pack(self) -> None:
-        if self._few_rows_linear is None and self._device.type == "cpu" and _can_pack(self._dtype):
+        if self._kernels is None and self._device.type == "cpu" and _can_pack(self._dtype):
             self._weight = torch.ops.mkldnn._reorder_linear_weight(self._weight, PACK_ROWS_HINT)
             self._is_packed = True
 

@@ -29,8 +29,9 @@ ALLOWED: dict[str, set[str]] = {
     "metrics": BASE,
     "images": BASE,
     "scheduling": BASE | {"images"},
-    "attention": BASE | {"images"},
-    "models": BASE | {"images", "scheduling", "attention"},
+    "kernels": set(),
+    "attention": BASE | {"images", "kernels"},
+    "models": BASE | {"images", "scheduling", "kernels", "attention"},
     "prompt": BASE | {"images", "scheduling", "attention", "models"},
     # `demo` is data and imports nothing; `engine/build.py` asks it for a folder
     "engine": BASE | {"images", "scheduling", "attention", "models", "prompt", "demo"},

@@ -5,16 +5,9 @@
    walks down a block of its rows, with the rows that come next on their way into the second-level cache meanwhile.
    Blocks are handed out one by one, since a core that also hosts the event loop gets fewer of them done.
 
-   Called from cpu_linear.py, where the arguments are checked. Products and sums are in float32 (vdpbf16ps). */
+   Called from cpu.py, where the arguments are checked. Products and sums are in float32 (vdpbf16ps). */
 
-#include <immintrin.h>
-#include <stdint.h>
-#include <string.h>
-
-typedef uint16_t bf16;
-
-#define TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512bf16")))
-#define INLINE static inline __attribute__((always_inline)) TARGET
+#include "cpu_common.h"
 
 enum {
     LANES = 32,    /* bfloat16 values in a register */
@@ -22,15 +15,6 @@ enum {
     MAX_W = 4,     /* rows of W in one tile */
     MAX_BLOCK = 96 /* rows of W handed out at once: a multiple of 3 and 4, with its x inside the cache for k in the 1000s */
 };
-
-INLINE bf16 to_bf16(float value) { return (bf16)_mm_extract_epi16((__m128i)_mm_cvtneps_pbh(_mm_set_ss(value)), 0); }
-
-INLINE float to_float(bf16 value) {
-    uint32_t bits = (uint32_t)value << 16;
-    float out;
-    memcpy(&out, &bits, sizeof out);
-    return out;
-}
 
 /* One step along k for num_x rows of x and num_w of W; both are constants where this is inlined. */
 INLINE void multiply_add(const int num_x, const int num_w, __m512 sums[MAX_X][MAX_W], const bf16 *w, const bf16 *x, long k,
@@ -95,12 +79,6 @@ TARGET static void block(const bf16 *w, const bf16 *x, const bf16 *bias, bf16 *y
         }
         m -= num_x, x += num_x * k, y += num_x * n;
     }
-}
-
-/* Whether this CPU has the instructions. */
-int lightvl_linear_supported(void) {
-    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bf16");
 }
 
 /* x (m, k), w (n, k), bias (n) or null, y (m, n), all dense. */

@@ -1,0 +1,133 @@
+"""The binding of the C files beside it: checks arguments, allocates results, calls with the GIL released.
+
+The library is compiled when LightVL is installed, where there is a C compiler (see pyproject.toml). Without it, or on a
+CPU without AVX-512 BF16, `cpu_kernels()` is None and the callers use torch, which is slower: oneDNN reads a decoder's
+weights at half to two thirds of the memory's speed, and each small operation of a layer is a call.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import importlib.util
+from pathlib import Path
+
+import torch
+
+MAX_LINEAR_ROWS = 128
+"""Rows of x up to which `linear` is the fastest way; oneDNN's blocking wins beyond (tools/LOG.md)."""
+
+
+class _Attention(ctypes.Structure):
+    """`Attention` of cpu_attention.c."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("q", "keys", "values", "pages", "kv_lens", "partial", "out")),
+        *((name, ctypes.c_long) for name in ("rows", "q_stride", "pages_stride", "heads", "kv_heads", "dim")),
+        *((name, ctypes.c_long) for name in ("num_pages", "page_len")),
+        ("scale", ctypes.c_float),
+    )
+
+
+_POINTER, _LONG, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_long, ctypes.c_int, ctypes.c_float
+_SIGNATURES = {
+    "lightvl_supported": ([], _INT),
+    "lightvl_linear": ([_POINTER] * 4 + [_LONG] * 3 + [_INT], None),
+    "lightvl_attention_scratch": ([_POINTER, _LONG, _LONG, _LONG], _LONG),
+    "lightvl_decode_attention": ([ctypes.POINTER(_Attention), _INT], None),
+    "lightvl_rms_norm": ([_POINTER] * 4 + [_LONG] * 2 + [_FLOAT, _INT], None),
+    "lightvl_silu_and_mul": ([_POINTER] * 2 + [_LONG] * 2 + [_INT], None),
+    "lightvl_rope": ([_POINTER] * 3 + [_LONG] * 4 + [_INT], None),
+}
+
+
+@functools.cache
+def cpu_kernels() -> CpuKernels | None:
+    """Those that were installed, if they are there and this CPU runs them."""
+    spec = importlib.util.find_spec("lightvl.kernels._cpu")
+    return None if spec is None or spec.origin is None else open_kernels(Path(spec.origin))
+
+
+def open_kernels(path: Path) -> CpuKernels | None:
+    """None where the library or the CPU does not allow it. torch is loaded by now: its OpenMP threads are used."""
+    try:
+        library = ctypes.CDLL(str(path))
+    except OSError:
+        return None
+    for name, (argtypes, restype) in _SIGNATURES.items():
+        function = getattr(library, name)
+        function.argtypes, function.restype = argtypes, restype
+    return CpuKernels(library) if library.lightvl_supported() else None
+
+
+class CpuKernels:
+    """All tensors are bfloat16 on the CPU unless said otherwise."""
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        self._library = library
+
+    def linear(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """x (..., k), weight (n, k) and bias (n,) or None, both dense, to (..., n)."""
+        num_out, num_in = weight.shape
+        assert x.shape[-1] == num_in and x.dtype == weight.dtype == torch.bfloat16 and weight.is_contiguous()
+        x = x.contiguous()
+        out = x.new_empty(*x.shape[:-1], num_out)
+        bias_ptr = None if bias is None else bias.data_ptr()
+        operands = weight.data_ptr(), x.data_ptr(), bias_ptr, out.data_ptr()
+        self._library.lightvl_linear(*operands, x.numel() // num_in, num_in, num_out, torch.get_num_threads())
+        return out
+
+    def decode_attention(
+        self,
+        q: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        pages: torch.Tensor,
+        kv_lens: torch.Tensor,
+        scale: float,
+    ) -> torch.Tensor:
+        """q (R, H, D), one token of each row, attends to the first kv_lens (R,) int64 keys in its pages (R, P) int64 of
+        keys and values (G, num_pages, page_len, D), dense. D is a multiple of 32. Returns (R, H, D)."""
+        num_rows, num_heads, dim = q.shape
+        num_kv_heads, num_pages, page_len, _ = keys.shape
+        assert q.stride(1) == dim and q.stride(2) == 1 and dim % 32 == 0 and pages.stride(1) == 1
+        assert keys.is_contiguous() and values.is_contiguous() and keys.dtype == q.dtype == torch.bfloat16
+        lens_ptr = kv_lens.data_ptr()
+        size = self._library.lightvl_attention_scratch(lens_ptr, num_rows, num_heads, dim)
+        partial = torch.empty(size, dtype=torch.float32)
+        out = q.new_empty(num_rows, num_heads, dim)
+        pointers = [t.data_ptr() for t in (q, keys, values, pages, kv_lens, partial, out)]
+        strides = q.stride(0), pages.stride(0)
+        shapes = num_heads, num_kv_heads, dim, num_pages, page_len
+        arguments = _Attention(*pointers, num_rows, *strides, *shapes, scale)
+        self._library.lightvl_decode_attention(ctypes.byref(arguments), torch.get_num_threads())
+        return out
+
+    def rms_norm(
+        self, x: torch.Tensor, weight: torch.Tensor, eps: float, branch: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Over the last dimension; with `branch`, x += branch before. x and branch dense."""
+        assert x.is_contiguous() and x.dtype == weight.dtype == torch.bfloat16
+        assert branch is None or (branch.is_contiguous() and branch.dtype == x.dtype)
+        out, size = torch.empty_like(x), x.shape[-1]
+        branch_ptr = None if branch is None else branch.data_ptr()
+        operands = branch_ptr, x.data_ptr(), weight.data_ptr(), out.data_ptr()
+        self._library.lightvl_rms_norm(*operands, x.numel() // size, size, eps, torch.get_num_threads())
+        return out
+
+    def silu_and_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
+        """(T, 2 * size), gate first, dense, to (T, size)."""
+        assert gate_up.is_contiguous() and gate_up.dtype == torch.bfloat16
+        num_rows, size = gate_up.shape[0], gate_up.shape[1] // 2
+        out = gate_up.new_empty(num_rows, size)
+        threads = torch.get_num_threads()
+        self._library.lightvl_silu_and_mul(gate_up.data_ptr(), out.data_ptr(), num_rows, size, threads)
+        return out
+
+    def rope(self, heads: torch.Tensor, num_turned: int, cos: torch.Tensor, sin: torch.Tensor) -> None:
+        """Turn the first `num_turned` heads of (T, heads, D) in place; cos and sin (T, D / 2) float32. All dense."""
+        assert heads.is_contiguous() and heads.dtype == torch.bfloat16
+        assert cos.is_contiguous() and sin.is_contiguous() and cos.dtype == sin.dtype == torch.float32
+        num_rows, num_heads, dim = heads.shape
+        operands = heads.data_ptr(), cos.data_ptr(), sin.data_ptr()
+        self._library.lightvl_rope(*operands, num_rows, num_heads, num_turned, dim // 2, torch.get_num_threads())

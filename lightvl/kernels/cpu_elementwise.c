@@ -1,0 +1,77 @@
+/* The decoder's elementwise operations in bfloat16, each in one pass over its operands. They round where torch's
+   own operations, one after the other, round (attention/ops.py says what they compute). Called from cpu.py. */
+
+#include <math.h>
+
+#include "cpu_common.h"
+
+enum { PARALLEL_SIZE = 1 << 15 /* elements from which on waking the other threads pays */ };
+
+TARGET static void norm_row(const bf16 *branch, bf16 *x, const bf16 *weight, bf16 *out, long size, float eps) {
+    __m512 squares = _mm512_setzero_ps();
+    for (long i = 0; i < size; i += 16) {
+        __mmask16 mask = lanes(size - i);
+        __m512 value = load(x + i, mask);
+        if (branch) {
+            value = rounded(_mm512_add_ps(value, load(branch + i, mask)));
+            store(x + i, mask, value);
+        }
+        squares = _mm512_fmadd_ps(value, value, squares);
+    }
+    __m512 scale = _mm512_set1_ps(1.0f / sqrtf(_mm512_reduce_add_ps(squares) / size + eps));
+    for (long i = 0; i < size; i += 16) {
+        __mmask16 mask = lanes(size - i);
+        __m512 normed = rounded(_mm512_mul_ps(load(x + i, mask), scale));
+        store(out + i, mask, _mm512_mul_ps(normed, load(weight + i, mask)));
+    }
+}
+
+/* out = rms_norm(x) * weight, rows of `size`; with `branch`, x += branch before. */
+void lightvl_rms_norm(const bf16 *branch, bf16 *x, const bf16 *weight, bf16 *out, long rows, long size, float eps,
+                      int num_threads) {
+#pragma omp parallel for schedule(static) num_threads(num_threads) if (rows * size >= PARALLEL_SIZE)
+    for (long row = 0; row < rows; row++)
+        norm_row(branch ? branch + row * size : 0, x + row * size, weight, out + row * size, size, eps);
+}
+
+TARGET static void silu_row(const bf16 *gate, const bf16 *up, bf16 *out, long size) {
+    __m512 one = _mm512_set1_ps(1.0f);
+    for (long i = 0; i < size; i += 16) {
+        __mmask16 mask = lanes(size - i);
+        __m512 x = load(gate + i, mask);
+        __m512 below = _mm512_add_ps(one, exp16(_mm512_sub_ps(_mm512_setzero_ps(), x)));
+        store(out + i, mask, _mm512_mul_ps(rounded(_mm512_div_ps(x, below)), load(up + i, mask)));
+    }
+}
+
+/* out (rows, size) = silu(gate) * up of gate_up (rows, 2 size). */
+void lightvl_silu_and_mul(const bf16 *gate_up, bf16 *out, long rows, long size, int num_threads) {
+#pragma omp parallel for schedule(static) num_threads(num_threads) if (rows * size >= PARALLEL_SIZE)
+    for (long row = 0; row < rows; row++)
+        silu_row(gate_up + 2 * row * size, gate_up + (2 * row + 1) * size, out + row * size, size);
+}
+
+TARGET static void rope_head(bf16 *x, const float *cos, const float *sin, long half) {
+    for (long i = 0; i < half; i += 16) {
+        __mmask16 mask = lanes(half - i);
+        __m512 a = load(x + i, mask), b = load(x + half + i, mask);
+        __m512 c = _mm512_maskz_loadu_ps(mask, cos + i), s = _mm512_maskz_loadu_ps(mask, sin + i);
+        store(x + i, mask, _mm512_fmsub_ps(a, c, _mm512_mul_ps(b, s)));
+        store(x + half + i, mask, _mm512_fmadd_ps(b, c, _mm512_mul_ps(a, s)));
+    }
+}
+
+/* Turns the first `turned` of `heads` heads of x (rows, heads, 2 half) in place; cos and sin (rows, half). */
+void lightvl_rope(bf16 *x, const float *cos, const float *sin, long rows, long heads, long turned, long half,
+                  int num_threads) {
+#pragma omp parallel for schedule(static) num_threads(num_threads) if (rows * turned * half >= PARALLEL_SIZE)
+    for (long row = 0; row < rows; row++)
+        for (long head = 0; head < turned; head++)
+            rope_head(x + (row * heads + head) * 2 * half, cos + row * half, sin + row * half, half);
+}
+
+/* Whether this CPU has the instructions of all these kernels. */
+int lightvl_supported(void) {
+    return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bf16");
+}
