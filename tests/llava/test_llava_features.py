@@ -91,7 +91,7 @@ def test_images_together_are_the_same_as_alone(
     oracle = oracle_of(name)
     model = load(oracle.folder)
     images = [np.asarray(noise_image(*size, seed)) for seed, size in enumerate(SIZES[:7])]
-    monkeypatch.setattr(clip_siglip, "PAUSE_ROWS", 17 * 4)
+    monkeypatch.setattr(clip_siglip, "GROUP_ROWS", 17 * 4)
     together = features_together(model.family, images)
     for image, got in zip(images, together, strict=True):
         (want,) = oracle.features(oracle.process([Image.fromarray(image)]))
@@ -104,7 +104,7 @@ def test_an_image_is_done_with_its_last_view(oracle_of: GetOracle, monkeypatch: 
     family = load(oracle_of("llava-1.5-7b-hf").folder).family
     layout = family.plan_image(57, 43, num_images=1)
     inputs = [(family.preprocess(np.asarray(noise_image(57, 43, seed)), layout), layout) for seed in range(5)]
-    monkeypatch.setattr(clip_siglip, "PAUSE_ROWS", 17 * 2)
+    monkeypatch.setattr(clip_siglip, "GROUP_ROWS", 17 * 2)
     with torch.inference_mode():
         done = [sorted(features) for features in family.encode(inputs, encoder_attention) if features is not None]
     assert done == [[0, 1], [2, 3], [4]]
@@ -325,7 +325,7 @@ def test_views_are_encoded_in_bounded_groups(oracle_of: GetOracle, monkeypatch: 
         seen.append(len(seg_lens))
         return encoder_attention(q, k, v, seg_lens, kv_lens)
 
-    monkeypatch.setattr(clip_siglip, "PAUSE_ROWS", 16 * 5)
+    monkeypatch.setattr(clip_siglip, "GROUP_ROWS", 16 * 5)
     (features,) = features_together(model.family, [np.asarray(image)], attention=counting)
     torch.testing.assert_close(features, whole)
     assert max(seen) == 5

@@ -15,7 +15,6 @@ from lightvl.attention.base import EncoderAttention
 from lightvl.models.load import Target
 from lightvl.models.vision.llava_config import ViewTowerConfig
 from lightvl.models.vision.vit import (
-    PAUSE_ROWS,
     Layer,
     PatchEmbedding,
     WithinSegments,
@@ -23,6 +22,9 @@ from lightvl.models.vision.vit import (
     layer_norm,
     parameter,
 )
+
+GROUP_ROWS = 4096
+"""Rows of the views that go through a CPU's layers together: more are no faster, and what is between layers grows."""
 
 
 class ViewTower(nn.Module):
@@ -39,10 +41,10 @@ class ViewTower(nn.Module):
         self.encoder.layers = nn.ModuleList(self._layers_in_order)
 
     def encode(self, views: torch.Tensor, attention: EncoderAttention) -> Iterator[torch.Tensor | None]:
-        """`views` (n, patches, patch * patch * 3) uint8, taken in groups that keep a layer's work bounded on a CPU.
-        Yields None twice a layer, and after each group its features (group's views, view_len, feature_size)."""
+        """`views` (n, patches, patch * patch * 3) uint8, taken in groups on a CPU. Yields None several times a layer,
+        and after each group its features (group's views, view_len, feature_size)."""
         view_len = self._config.view_len
-        size = max(1, PAUSE_ROWS // view_len) if self._device.type == "cpu" else len(views)
+        size = max(1, GROUP_ROWS // view_len) if self._device.type == "cpu" else len(views)
         for group in torch.split(views, size):
             x = self.embeddings(group)
             if self._config.has_class_token:
