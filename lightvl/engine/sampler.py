@@ -23,13 +23,14 @@ import torch
 
 from lightvl.core import SamplingParams, TokenLogprob
 from lightvl.engine.noise import UInt64Array, gumbel_noise, hash_choices, hash_positions
+from lightvl.engine.renorm import kept_tokens, renorm_for
 from lightvl.engine.stream import Stream, to_device
 
 # Measured on one core with rows of 152k logits (tools/LOG.md).
 NUM_HEAD = 1024  # best logits in which a threshold is looked for first: 0.7 ms a row, sorting all takes 13
 HEAD_GROWTH = 16  # if these do not suffice, look among so many times more
 CPU_BLOCK = 1 << 21  # logits drawn from at once: temporaries of 64 rows would be mapped anew each time, 3 times slower
-TIE_SLACK = 64  # where looking back would stall the device, a head of top_k + 64 is taken to hold all ties of the last
+TIE_SLACK = 64  # a head of top_k + 64 mostly holds all ties of the last
 LEAST_LOGPROB = -9999.0  # stands for minus infinity, which JSON cannot say, as in OpenAI's API
 BROKEN = -1  # token id of a row without a finite logit: the model failed on this sequence alone
 
@@ -73,6 +74,7 @@ class _Draws:
     all_filtered: bool
     by_top_k: bool  # every filtered row has a top_k
     max_top_k: int
+    any_top_p: bool
 
     def at(self, idx: torch.Tensor | slice) -> _Draws:
         """What the filters need of some of the rows."""
@@ -154,11 +156,20 @@ def _draw(scores: torch.Tensor, draws: _Draws, rows: list[SampleRow]) -> torch.T
 def _draw_block(scores: torch.Tensor, draws: _Draws, keys: torch.Tensor) -> torch.Tensor:
     if not draws.any_filtered:
         return _pick(scores, None, keys, None)
+    renorm = renorm_for(scores.device.type)
+    if renorm is not None:
+        kept = kept_tokens(
+            scores,
+            draws.top_k,
+            draws.top_p,
+            draws.log_min_p,
+            renorm,
+            any_top_k=draws.max_top_k > 0,
+            any_top_p=draws.any_top_p,
+        )
+        return _pick(scores.masked_fill_(~kept, -torch.inf), None, keys, None)
     num_head = draws.max_top_k + TIE_SLACK
-    if not draws.by_top_k:
-        # Looking whether a head sufficed is free on a CPU and a wait on a GPU, which therefore sorts the whole rows.
-        num_head = max(num_head, NUM_HEAD) if scores.device.type == "cpu" else scores.shape[1]
-    least, head = _search(scores, draws, num_head)
+    least, head = _search(scores, draws, num_head if draws.by_top_k else max(num_head, NUM_HEAD))
     if head is None or not draws.all_filtered:
         return _pick(scores, None, keys, least)
     return _pick(*head, keys, least)
@@ -170,7 +181,7 @@ def _search(scores: torch.Tensor, draws: _Draws, num_head: int) -> tuple[torch.T
     num_head = min(num_head, scores.shape[1])
     head, head_ids = scores.topk(num_head, dim=-1)
     least, is_exact = _threshold(head, scores, draws)
-    if num_head == scores.shape[1] or scores.device.type != "cpu":
+    if num_head == scores.shape[1]:
         return least, (head, head_ids)
     inexact = (~is_exact).nonzero()[:, 0]  # sync: none on a CPU
     if len(inexact) == 0:
@@ -254,6 +265,7 @@ def _draws(settings: tuple[tuple[SamplingParams, int], ...], device: torch.devic
         any_filtered=any(is_filtered),
         all_filtered=all(is_filtered),
         max_top_k=max(p.top_k for p in params),
+        any_top_p=any(p.top_p < 1 for p in params),
         by_top_k=all(p.top_k > 0 for p, filtered in zip(params, is_filtered, strict=True) if filtered),
     )
 
