@@ -17,6 +17,8 @@ import pytest
 from gpu import modules
 from gpu.wheel import pack, wheel_version
 
+from lightvl.attention import cuda, cuda_library
+
 ROOT = Path(__file__).parents[2]
 TOOL = ROOT / "tools/build_kernels.py"
 SPEC = """
@@ -173,8 +175,12 @@ def test_a_wheel_is_what_pip_and_flashinfer_want(tmp_path: Path) -> None:
     assert (Path(folder) / "page/page.so").read_bytes() == b"page"
 
 
+SUBMODULES = {"norm", "page", "rope", "decode", "prefill", "sampling", "activation", "cascade"}
+
+
 def called_of_flashinfer(source: str) -> set[str]:
-    """Functions and classes of flashinfer's that a module names: `flashinfer.x`, or imported from it."""
+    """Functions and classes of flashinfer's that a module names: imported from it, or an attribute of it or of what
+    `cuda_library.flashinfer()` returns."""
     found: set[str] = set()
     aliases = {"flashinfer"}
     tree = ast.parse(source)
@@ -183,25 +189,39 @@ def called_of_flashinfer(source: str) -> set[str]:
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.Import):
             aliases |= {alias.asname or "" for alias in node.names if alias.name.split(".")[0] == "flashinfer"}
+        elif isinstance(node, ast.Assign) and _is_library(node.value, set()):
+            aliases |= {target.id for target in node.targets if isinstance(target, ast.Name)}
     for node in ast.walk(tree):
         if isinstance(node, ast.Attribute):
-            root: ast.expr = node
-            while isinstance(root, ast.Attribute):
-                root = root.value
-            if isinstance(root, ast.Name) and root.id in aliases:
+            owner = node.value
+            if isinstance(owner, ast.Attribute) and owner.attr in SUBMODULES:
+                owner = owner.value
+            if _is_library(owner, aliases):
                 found.add(node.attr)
-    return found
+    return {name for name in found - SUBMODULES if not name.startswith("__")}
+
+
+def _is_library(node: ast.expr, aliases: set[str]) -> bool:
+    if isinstance(node, ast.Call):
+        return isinstance(node.func, ast.Name) and node.func.id == "flashinfer"
+    return isinstance(node, ast.Name) and node.id in aliases
 
 
 def test_every_function_that_is_called_has_its_kernels_in_the_list() -> None:
-    assert called_of_flashinfer("import flashinfer as f\nf.norm.rmsnorm(x)\nfrom flashinfer.page import g") == {
-        "rmsnorm",
-        "norm",
-        "g",
+    calls = "import flashinfer as f\nf.norm.rmsnorm(x)\nfrom flashinfer.page import g\nf.__version__.split()"
+    assert called_of_flashinfer(calls) == {"rmsnorm", "g"}
+    assert called_of_flashinfer("l = flashinfer()\nl.a\nflashinfer().decode.b(l.c)\nx.d") == {"a", "b", "c"}
+    called = {
+        (path.name, name)
+        for path in sorted((ROOT / "lightvl").rglob("*.py"))
+        for name in called_of_flashinfer(path.read_text())
     }
-    submodules = {"norm", "page", "rope", "decode", "prefill", "sampling", "activation", "cascade"}
+    assert len(called) >= 5
     needed = {module.name for module in modules.NEEDED}
-    for path in sorted((ROOT / "lightvl").rglob("*.py")):
-        for function in called_of_flashinfer(path.read_text()) - submodules:
-            names = modules.modules_of(function)
-            assert names and set(names) & needed, f"{path.name} calls flashinfer's {function}: add it to gpu/modules.py"
+    lacking = [call for call in called if not set(modules.modules_of(call[1])) & needed]
+    assert lacking == [], "add them to tools/gpu/modules.py"
+
+
+def test_versions_and_head_sizes_agree_with_the_backend() -> None:
+    assert modules.FLASHINFER == cuda_library.FLASHINFER
+    assert set(modules.HEAD_DIMS) <= set(cuda.HEAD_DIMS)

@@ -12,6 +12,7 @@ import torch
 from gpu.rooflines import decode_bytes, encode_flops, prefill_flops
 from gpu.rows import Context, Row
 from make_random_model import ARCHITECTURES, write_json
+from parity_helpers import Bfloat16Errors
 
 from lightvl.engine.graphs import DecodeGraphs
 from lightvl.models.config import decoder_config
@@ -67,6 +68,12 @@ def test_families_dry() -> None:
     assert len(rows) >= 2 and all(row.value is not None for row in rows)
 
 
+def test_families_notice_twice_the_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    ours = Bfloat16Errors.ours.fget
+    monkeypatch.setattr(Bfloat16Errors, "ours", property(lambda self: 3 * ours(self)))
+    assert {row.verdict for row in dry("families", "qwen2_vl")} == {"fail"}
+
+
 def test_speed_dry() -> None:
     rows = dry("speed")
     assert_passed(rows)
@@ -115,3 +122,11 @@ def test_graphs_notice_what_is_not_padded(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(DecodeGraphs, "forward", lambda self, inputs: self._logits[: len(inputs.token_ids)])
     rows = dry("graphs", "llama: graph")
     assert {row.verdict for row in rows} == {"fail"}
+
+
+@pytest.mark.full
+def test_server_dry() -> None:
+    """A server and two tools, each a process that loads torch."""
+    rows = dry("server")
+    assert_passed(rows)
+    assert [row.verdict for row in rows] == ["told", "told", "pass"]

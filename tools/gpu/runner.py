@@ -19,7 +19,7 @@ from typing import IO, Any
 from gpu.report import line, write_json
 from gpu.rows import DEVICE_LOST, MARK, Row
 
-BUDGETS_S = {"kernels": 40, "attention": 60, "families": 110, "graphs": 80, "speed": 120, "server": 60}
+BUDGETS_S = {"kernels": 30, "attention": 55, "families": 100, "graphs": 75, "speed": 125, "server": 85}
 """Of each part; what one leaves over, later ones may use. Together under 8 minutes."""
 DRY_FACTOR = 6  # a CPU is slow, and nobody pays for it by the minute
 MAX_DEATHS = 3  # of one part; then it is given up
