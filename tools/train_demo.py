@@ -17,15 +17,18 @@ from pathlib import Path
 import torch
 from demo_training.evaluate import evaluate, table
 from demo_training.guide import Guide, look_loss
+from demo_training.mllama import Mllama
 from demo_training.model import Architecture, answer_loss
 from demo_training.qwen2_vl import Qwen2VL
 from demo_training.samples import make_batch
 from demo_training.sight import learn_to_see, make_head, name_loss
-from demo_training.tokenizer import train_tokenizer
+from demo_training.tokenizer import LLAMA_CONTROL, QWEN_TOKENS, train_tokenizer
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
-PACKAGE_FOLDER = Path(__file__).parents[1] / "lightvl" / "demo" / "qwen2_vl"
+PACKAGE_FOLDER = Path(__file__).parents[1] / "lightvl" / "demo"
+EVALUATED = "qwen2-vl"  # beside training; mllama through the server alone, transformers masks it otherwise
+ARCHITECTURES = {"qwen2-vl": (Qwen2VL, QWEN_TOKENS), "mllama": (Mllama, LLAMA_CONTROL)}
 WARMUP_STEPS = 100
 
 
@@ -67,15 +70,15 @@ def train(args: argparse.Namespace) -> None:
     torch.set_num_threads(args.threads)
     args.work.mkdir(parents=True, exist_ok=True)
     tokenizer_path = args.work / "tokenizer.json"
-    tokenizer = Tokenizer.from_file(str(tokenizer_path)) if tokenizer_path.exists() else train_tokenizer()
+    build, control_tokens = ARCHITECTURES[args.arch]
+    tokenizer = Tokenizer.from_file(str(tokenizer_path)) if tokenizer_path.exists() else train_tokenizer(control_tokens)
     tokenizer.save(str(tokenizer_path))
-    net = Qwen2VL(tokenizer, args.seed)
+    net: Architecture = build(tokenizer, args.seed)
     net.model.train()
     torch.manual_seed(args.seed + 1)
     head = make_head(net.feature_size)
     learn_to_see(
-        net.encode,
-        net.tower,
+        net,
         head,
         args.work / "sight.pt",
         seed=args.seed,
@@ -87,9 +90,11 @@ def train(args: argparse.Namespace) -> None:
     run = Run(args, net, head, Guide(tokenizer))
     run.restore()
     run.go()
-    net.export(args.out)
+    out = args.out or PACKAGE_FOLDER / args.arch.replace("-", "_")
+    net.export(out)
     print(f"{run.clock.step} steps, {run.clock.seconds / 60:.1f} minutes, loss {run.mean_loss:.4f}")
-    print(table(evaluate(args.out, range(args.final_cases), 600)), flush=True)
+    if args.arch == EVALUATED:
+        print(table(evaluate(out, range(args.final_cases), 600)), flush=True)
     plot(args.work / "loss.csv")
 
 
@@ -172,7 +177,7 @@ class Run:
                     self.save()
                     log_file.flush()
                     saved = clock.seconds
-                if clock.seconds - evaluated > 60 * args.eval_minutes:
+                if args.arch == EVALUATED and clock.seconds - evaluated > 60 * args.eval_minutes:
                     self.net.export(args.work / "export")
                     scores = evaluate(args.work / "export", range(args.eval_cases), 60)
                     bar.write(f"step {clock.step}, loss {self.mean_loss:.3f}\n" + table(scores))
@@ -195,7 +200,8 @@ def plot(log_path: Path) -> None:
 
 def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--out", type=Path, default=PACKAGE_FOLDER, help="the checkpoint folder to write")
+    parser.add_argument("--arch", choices=tuple(ARCHITECTURES), default="qwen2-vl")
+    parser.add_argument("--out", type=Path, help="the checkpoint folder to write; the package's own by default")
     parser.add_argument("--work", type=Path, default=Path("/tmp/demo_run"), help="checkpoints and logs, outside git")
     parser.add_argument("--minutes", type=float, help="training time; the schedule follows the clock")
     parser.add_argument("--steps", type=int, help="training steps; with this alone a run can be repeated exactly")

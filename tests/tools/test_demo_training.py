@@ -26,7 +26,6 @@ from demo_training import (  # noqa: E402
     qwen2_vl,
     samples,
     scenes,
-    sight,
     views,
 )
 from demo_training.tokenizer import train_tokenizer  # noqa: E402
@@ -169,7 +168,7 @@ def test_tokens_are_labelled_by_what_they_show():
 def test_every_glyph_of_a_print_is_labelled_once():
     rng = random.Random(5)
     for _ in range(100):
-        picture = sight.training_picture("print", 196, 140, rng)
+        picture = pictures.training_picture("print", 196, 140, rng)
         named, shown = labels.token_labels(picture)
         seen = named[:, [labels.FIELD_IDX["glyph"], labels.FIELD_IDX["glyph2"]]]
         glyphs = {int(shown[token, slot]): prints.GLYPHS[seen[token, slot]] for token, slot in np.argwhere(shown >= 0)}
@@ -225,7 +224,7 @@ def _views(built, batch):
 def test_the_lean_forward_is_that_of_transformers(tokenizer, small_model, kind):
     rng = random.Random(3)
     sizes = [(168, 140), (140, 196)][: 2 if kind == "pair" else 1]
-    drawn = [sight.training_picture("scene", *size, rng) for size in sizes]
+    drawn = [pictures.training_picture("scene", *size, rng) for size in sizes]
     writer = samples.Writer(tokenizer)
     grids = [(height // 28, width // 28) for width, height in sizes]
     facts = [picture.facts for picture in drawn]
@@ -251,7 +250,7 @@ def test_the_lean_forward_is_that_of_transformers(tokenizer, small_model, kind):
 
 def test_a_branch_sees_its_prefix_and_nothing_of_other_branches(tokenizer, small_model):
     rng = random.Random(4)
-    picture = sight.training_picture("scene", 168, 140, rng)
+    picture = pictures.training_picture("scene", 168, 140, rng)
     group = views.image_group([picture])
     writer = samples.Writer(tokenizer)
     prefix, *branches = samples.make_sample(writer, "branches", [picture.facts], [(5, 6)], rng)

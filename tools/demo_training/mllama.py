@@ -9,8 +9,8 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from PIL import Image
+from published import CLIP_MEAN, CLIP_STD
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch import Tensor
@@ -19,9 +19,9 @@ from transformers import MllamaConfig, MllamaForConditionalGeneration
 from .labels import IGNORED
 from .model import attend, attention_mask, half, initialize, rotate
 from .pictures import Picture, resized
-from .qwen2_vl import CONTEXT_LEN, IMAGE_MEAN, IMAGE_STD
-from .samples import Batch, Segment, Writer
-from .tokenizer import LLAMA_SYSTEM, LLAMA_TOKENS, save_llama_tokenizer
+from .qwen2_vl import CONTEXT_LEN
+from .samples import Batch, Writer
+from .tokenizer import LLAMA_SYSTEM, save_llama_tokenizer
 from .views import PATCH, ImageGroup, image_group
 
 TILE = 168
@@ -46,12 +46,12 @@ def config_dict(tokenizer: Tokenizer) -> dict:
             "eos_token_id": stops,
             "hidden_act": "silu",
             "hidden_size": HIDDEN,
-            "intermediate_size": 320,
+            "intermediate_size": 288,
             "max_position_embeddings": CONTEXT_LEN,
             "model_type": "mllama_text_model",
             "num_attention_heads": HIDDEN // 64,
             "num_hidden_layers": NUM_LAYERS,
-            "num_key_value_heads": 1 if HIDDEN // 64 in (1, 2, 4, 8) else HIDDEN // 64,
+            "num_key_value_heads": HIDDEN // 64,
             "pad_token_id": token_id("<|finetune_right_pad_id|>"),
             "rms_norm_eps": 1e-05,
             "rope_scaling": {"rope_type": "default"},
@@ -82,20 +82,25 @@ def config_dict(tokenizer: Tokenizer) -> dict:
 class LlamaWriter(Writer):
     """Writes messages in the llama_3_vision chat template; an image is one token."""
 
-    START, HEADER, END = "<|begin_of_text|>", "<|start_header_id|>{}<|end_header_id|>\n\n", "<|eot_id|>"
-    AFTER_TURN, IMAGE = "", ("", "<|image|>", "")
-    SYSTEM, NEWLINE_AFTER_ONE_IMAGE = LLAMA_SYSTEM, True
+    START, HEADER = "<|begin_of_text|>", "<|start_header_id|>{}<|end_header_id|>\n\n"
+    END, AFTER_END = "<|eot_id|>", ""
+    IMAGE = ("", "<|image|>", "")
+    AFTER_ONE_IMAGE = "\n"
+    SYSTEM = LLAMA_SYSTEM
 
-    def fits(self, size: tuple[int, int]) -> tuple[int, int]:
+    def fits(self, width: int, height: int) -> tuple[int, int]:
         """The size of an image within its tile."""
-        scale = TILE / max(size)
-        return max(1, int(size[0] * scale)), max(1, int(size[1] * scale))
+        scale = TILE / max(width, height)
+        return max(1, int(width * scale)), max(1, int(height * scale))
+
+    def num_slots(self, width: int, height: int) -> tuple[int, int]:
+        return 1, 1
 
     def group(self, pictures: list[Picture]) -> ImageGroup:
         """Pictures on their tiles, black where nothing is; a patch names what its 2x2 block of patches shows."""
         tiled = []
         for picture in pictures:
-            small = resized(picture, *self.fits(picture.image.size))
+            small = resized(picture, *self.fits(*picture.image.size))
             tile = Image.new("RGB", (TILE, TILE))
             tile.paste(small.image)
             tiled.append(Picture(small.facts, tile, small.marks))
@@ -111,14 +116,6 @@ class LlamaWriter(Writer):
 
         flat = patches.reshape(len(tiled), side * side, -1)
         return ImageGroup((side, side), flat, spread(group.labels, IGNORED), spread(group.shown, -1))
-
-    def grid(self, size: tuple[int, int]) -> tuple[int, int]:
-        """Tokens of the prompt for an image, as rows and columns."""
-        return 1, 1
-
-    def after_images(self, segment: Segment) -> None:
-        if len(segment.grids) == 1:
-            self.add(segment, "\n")
 
 
 class Mllama:
@@ -156,7 +153,7 @@ class Mllama:
         """Images -> (images, 145, hidden)."""
         vision, projector = self.tower
         images = len(group.patches)
-        mean, std = (torch.tensor(values).repeat_interleave(PATCH * PATCH) * 255 for values in (IMAGE_MEAN, IMAGE_STD))
+        mean, std = (torch.tensor(values).repeat_interleave(PATCH * PATCH) * 255 for values in (CLIP_MEAN, CLIP_STD))
         pixels = (torch.from_numpy(group.patches).float() - mean) / std
         side = TILE // PATCH
         pixels = pixels.view(images, side, side, 3, PATCH, PATCH).permute(0, 3, 1, 4, 2, 5)
@@ -233,9 +230,9 @@ class Mllama:
                 "do_pad": True,
                 "do_rescale": True,
                 "do_resize": True,
-                "image_mean": IMAGE_MEAN,
+                "image_mean": CLIP_MEAN,
                 "image_processor_type": "MllamaImageProcessor",
-                "image_std": IMAGE_STD,
+                "image_std": CLIP_STD,
                 "max_image_tiles": 1,
                 "resample": 2,
                 "rescale_factor": 1 / 255,

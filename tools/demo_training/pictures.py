@@ -23,6 +23,8 @@ Facts = Scene | Print | Chart | None  # None: an image of no kind that the model
 UNIT = 28  # one image token is UNIT x UNIT pixels
 MIN_PIXELS, MAX_PIXELS = 148 * 148, 168 * 168  # every image is brought to about this area before it is seen
 MIN_SIDE, MAX_SIDE = 56, 448
+SHARES = (50, 28, 12, 10)  # percent of training pictures of each of KINDS
+PROPER_SHARE = 0.4  # of them are drawn at another size than the model sees, and resized
 SUPERSAMPLING = 2  # drawn so much larger, then averaged: smooth edges
 
 
@@ -173,6 +175,17 @@ def pick_size(rng: random.Random) -> tuple[int, int]:
         width, height = round(side * math.sqrt(aspect)), round(side / math.sqrt(aspect))
         if min(width, height) >= MIN_SIDE and max(width, height) <= MAX_SIDE:
             return width, height
+
+
+def training_picture(kind: str, width: int, height: int, rng: random.Random) -> Picture:
+    """A picture of this kind from the training share, at the size that the model sees."""
+    drawn_width, drawn_height = width, height
+    if rng.random() < PROPER_SHARE:
+        zoom = rng.choice((0.4, 0.6, 0.8, 1.2, 1.6, 2.2)) * rng.uniform(0.9, 1.1)
+        drawn_width = min(MAX_SIDE, max(MIN_SIDE, round(width * zoom * rng.uniform(0.95, 1.05))))
+        drawn_height = min(MAX_SIDE, max(MIN_SIDE, round(height * zoom * rng.uniform(0.95, 1.05))))
+    facts = draw_facts(kind, drawn_width, drawn_height, rng)
+    return resized(make_picture(facts, drawn_width, drawn_height, rng), width, height)
 
 
 def sheet(images: Sequence[Image.Image], columns: int, cell: int = 180) -> Image.Image:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from published import CLIP_MEAN, CLIP_STD
 from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from torch import Tensor
@@ -16,8 +17,6 @@ from .samples import Batch, Writer
 from .tokenizer import save_tokenizer
 from .views import MERGE, PATCH, ImageGroup
 
-IMAGE_MEAN = (0.48145466, 0.4578275, 0.40821073)
-IMAGE_STD = (0.26862954, 0.26130258, 0.27577711)
 CONTEXT_LEN = 32768
 # M-RoPE gives an image's columns the lowest frequencies: at the usual 1e6 the text model cannot tell left from right.
 ROPE_THETA = 100.0
@@ -103,8 +102,8 @@ class Qwen2VL:
     def encode(self, group: ImageGroup) -> Tensor:
         """Images of one grid -> (images, tokens of one, hidden)."""
         tower = self.tower
-        mean = torch.tensor(IMAGE_MEAN).repeat_interleave(PATCH * PATCH) * 255
-        std = torch.tensor(IMAGE_STD).repeat_interleave(PATCH * PATCH) * 255
+        mean = torch.tensor(CLIP_MEAN).repeat_interleave(PATCH * PATCH) * 255
+        std = torch.tensor(CLIP_STD).repeat_interleave(PATCH * PATCH) * 255
         pixels = (torch.from_numpy(group.patches).float() - mean) / std
         # A still image is its own second frame: both frames' kernels see the same pixels.
         x = F.linear(pixels, tower.patch_embed.proj.weight.sum(2).flatten(1)).float()
@@ -175,8 +174,8 @@ class Qwen2VL:
                 "patch_size": PATCH,
                 "temporal_patch_size": 2,
                 "merge_size": MERGE,
-                "image_mean": IMAGE_MEAN,
-                "image_std": IMAGE_STD,
+                "image_mean": CLIP_MEAN,
+                "image_std": CLIP_STD,
                 "image_processor_type": "Qwen2VLImageProcessor",
                 "processor_class": "Qwen2VLProcessor",
             },

@@ -13,9 +13,8 @@ from tokenizers import Tokenizer
 
 from . import dialogues, questions
 from .pictures import KINDS as PICTURE_KINDS
-from .pictures import UNIT, Facts, Picture, make_picture, pick_size, seen_size
+from .pictures import SHARES, UNIT, Facts, Picture, make_picture, pick_size, seen_size, training_picture
 from .questions import Said, Seen
-from .sight import SHARES, training_picture
 from .tokenizer import OTHER_SYSTEMS, SYSTEM
 from .views import ImageGroup, image_group
 
@@ -61,18 +60,34 @@ class Batch:
 
 
 class Writer:
-    """Writes messages in the qwen2-vl chat template, as token ids."""
+    """Writes messages in the qwen2-vl chat template, as token ids, and brings pictures to the size that is seen."""
+
+    START, HEADER, END, AFTER_END = "", "<|im_start|>{}\n", "<|im_end|>", "\n"
+    IMAGE = ("<|vision_start|>", "<|image_pad|>", "<|vision_end|>")
+    AFTER_ONE_IMAGE = ""  # where text follows the only image of a message
+    SYSTEM = SYSTEM
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._encode = tokenizer.encode
         self._known: dict[str, list[int]] = {}
-        self.image_id: int = tokenizer.token_to_id("<|image_pad|>")
+        self.image_id: int = tokenizer.token_to_id(self.IMAGE[1])
+
+    def fits(self, width: int, height: int) -> tuple[int, int]:
+        """The size at which an image is seen."""
+        return seen_size(width, height)
+
+    def num_slots(self, width: int, height: int) -> tuple[int, int]:
+        """Rows and columns of the tokens that an image of this seen size takes in the prompt."""
+        return height // UNIT, width // UNIT
+
+    def group(self, pictures: list[Picture]) -> ImageGroup:
+        return image_group(pictures)
 
     def ids_of(self, text: str) -> list[int]:
         if text not in self._known:
             if len(self._known) > 50_000:
                 self._known.clear()
-            self._known[text] = self._encode(text).ids
+            self._known[text] = self._encode(text, add_special_tokens=False).ids
         return self._known[text]
 
     def add(self, segment: Segment, text: str) -> None:
@@ -88,33 +103,38 @@ class Writer:
                 segment.looks.append(Look(len(segment.ids) - 1, False, part.image, part.marks))
 
     def add_image(self, segment: Segment, grid: tuple[int, int]) -> None:
-        self.add(segment, "<|vision_start|>")
+        self.add(segment, self.IMAGE[0])
         segment.ids += [self.image_id] * (grid[0] * grid[1])
         segment.learned += [0.0] * (grid[0] * grid[1])
         segment.grids.append(grid)
-        self.add(segment, "<|vision_end|>")
+        self.add(segment, self.IMAGE[2])
 
     def answer(self, segment: Segment, said: Said) -> None:
         """Ends the user's message and gives the answer; before each token that is Seen the model looks at it."""
-        self.add(segment, "<|im_end|>\n<|im_start|>assistant\n")
+        self.add(segment, f"{self.END}{self.AFTER_END}{self.HEADER.format('assistant')}")
         start = len(segment.ids)
         for part in said:
             first = len(segment.ids)
             self.add(segment, part if isinstance(part, str) else part.text)
             if isinstance(part, Seen) and part.marks:
                 segment.looks += [Look(i - 1, True, part.image, part.marks) for i in range(first, len(segment.ids))]
-        self.add(segment, "<|im_end|>")
+        self.add(segment, self.END)
         num_tokens = len(segment.ids) - start
         segment.learned[start:] = [num_tokens**-0.5] * num_tokens  # between every token and every answer the same
-        self.add(segment, "\n")
+        self.add(segment, self.AFTER_END)
+
+    def turn(self, segment: Segment) -> None:
+        """Begins a message of the user."""
+        self.add(segment, self.HEADER.format("user"))
 
     def start(self, rng: random.Random) -> Segment:
         """A segment with the system block (most often the default one, sometimes none) and the user's header."""
         segment, kind = Segment(), rng.random()
+        self.add(segment, self.START)
         if kind < 0.92:
-            system = SYSTEM if kind < 0.82 else rng.choice(OTHER_SYSTEMS)
-            self.add(segment, f"<|im_start|>system\n{system}<|im_end|>\n")
-        self.add(segment, "<|im_start|>user\n")
+            system = self.SYSTEM if kind < 0.82 else rng.choice(OTHER_SYSTEMS)
+            self.add(segment, f"{self.HEADER.format('system')}{system}{self.END}{self.AFTER_END}")
+        self.turn(segment)
         return segment
 
 
@@ -122,7 +142,7 @@ def make_batch(writer: Writer, seed: int, step: int, num_rows: int) -> Batch:
     """The batch of this step: rows of one kind, fewer where they have several images."""
     rng = random.Random(f"{seed} {step}")
     kind = "branches" if step < FIRST_STEPS else rng.choices(tuple(KINDS), tuple(KINDS.values()))[0]
-    sizes = [seen_size(*pick_size(rng)) for _ in range(NUM_IMAGES.get(kind, 1))]
+    sizes = [writer.fits(*pick_size(rng)) for _ in range(NUM_IMAGES.get(kind, 1))]
     num_rows = num_rows if kind == "branches" else num_rows * 3 // 2
     samples: list[list[Segment]] = []
     views: list[list[Picture]] = [[] for _ in sizes]
@@ -140,9 +160,9 @@ def make_batch(writer: Writer, seed: int, step: int, num_rows: int) -> Batch:
             asked = None
         for row, picture in zip(views, pictures, strict=True):
             row.append(picture)
-        grids = [(height // UNIT, width // UNIT) for width, height in sizes]
+        grids = [writer.num_slots(*size) for size in sizes]
         samples.append(make_sample(writer, kind, all_facts, grids, rng, asked))
-    return collate(samples, [image_group(row) for row in views], writer.image_id)
+    return collate(samples, [writer.group(row) for row in views], writer.image_id)
 
 
 def make_sample(
@@ -162,6 +182,7 @@ def make_sample(
         return [first]
     if kind == "branches":
         writer.add_image(first, grids[0])
+        writer.add(first, writer.AFTER_ONE_IMAGE)
         if rng.random() < 0.05:
             writer.add(first, "\n")
         branches = []
@@ -179,11 +200,12 @@ def make_sample(
     for grid in grids:
         writer.add_image(first, grid)
     if image_first:
+        writer.add(first, writer.AFTER_ONE_IMAGE if len(grids) == 1 else "")
         writer.add_question(first, question)
     writer.answer(first, answer)
     for _ in range(rng.randint(1, 3) if kind == "turns" else 0):
         question, answer = questions.ask_any(all_facts[0], rng)
-        writer.add(first, "<|im_start|>user\n")
+        writer.turn(first)
         writer.add_question(first, question)
         writer.answer(first, answer)
     return [first]

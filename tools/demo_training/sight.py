@@ -7,7 +7,6 @@ learns to answer many times sooner.
 
 import math
 import random
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -17,11 +16,10 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from .labels import FIELDS, IGNORED, NOTHING
-from .pictures import KINDS, Picture, draw_facts, make_picture, pick_size, resized, seen_size
-from .views import ImageGroup, image_group
-
-SHARES = (50, 28, 12, 10)  # percent of pictures of each of KINDS
-PROPER_SHARE = 0.4  # of the pictures are drawn at another size than the model sees, and resized
+from .model import Architecture
+from .pictures import KINDS, SHARES, pick_size, training_picture
+from .samples import Writer
+from .views import ImageGroup
 
 WEIGHTS = {"shape": 2.0, "glyph": 2.0, "order": 1.5}  # the hard ones; 1 for all other fields
 
@@ -31,23 +29,12 @@ def make_head(hidden_size: int) -> nn.Linear:
     return nn.Linear(hidden_size, sum(FIELDS.values()))
 
 
-def training_picture(kind: str, width: int, height: int, rng: random.Random) -> Picture:
-    """A picture of this kind from the training share, at the size that the model sees."""
-    drawn_width, drawn_height = width, height
-    if rng.random() < PROPER_SHARE:
-        zoom = rng.choice((0.4, 0.6, 0.8, 1.2, 1.6, 2.2)) * rng.uniform(0.9, 1.1)
-        drawn_width = min(448, max(56, round(width * zoom * rng.uniform(0.95, 1.05))))
-        drawn_height = min(448, max(56, round(height * zoom * rng.uniform(0.95, 1.05))))
-    facts = draw_facts(kind, drawn_width, drawn_height, rng)
-    return resized(make_picture(facts, drawn_width, drawn_height, rng), width, height)
-
-
-def make_views(seed: int, step: int, num_images: int) -> ImageGroup:
+def make_views(writer: Writer, seed: int, step: int, num_images: int) -> ImageGroup:
     """Images of one size, with the labels of their tokens."""
     rng = random.Random(f"sight {seed} {step}")
-    size = seen_size(*pick_size(rng))
+    size = writer.fits(*pick_size(rng))
     pictures = [training_picture(rng.choices(KINDS, SHARES)[0], *size, rng) for _ in range(num_images)]
-    return image_group(pictures)
+    return writer.group(pictures)
 
 
 def name_loss(head: nn.Linear, features: Tensor, labels: np.ndarray) -> tuple[Tensor, dict[str, float]]:
@@ -80,8 +67,7 @@ def sight_rate(peak: float, step: int, num_steps: int) -> float:
 
 
 def learn_to_see(
-    encode: Callable[[ImageGroup], Tensor],
-    tower: nn.Module,
+    net: Architecture,
     head: nn.Linear,
     checkpoint: Path,
     *,
@@ -91,7 +77,8 @@ def learn_to_see(
     peak: float,
     autocast: bool,
 ) -> None:
-    """Trains `tower`, which `encode` runs, and the head in place; goes on from the checkpoint where there is one."""
+    """Trains the tower of `net` and the head in place; goes on from the checkpoint where there is one."""
+    tower, writer = net.tower, net.writer()
     weights = [*tower.parameters(), *head.parameters()]
     optimizer = torch.optim.AdamW(weights, lr=peak, betas=(0.9, 0.98), weight_decay=0.02, fused=True)
     start, means = 0, dict.fromkeys(("loss", *FIELDS), 0.0)
@@ -105,9 +92,9 @@ def learn_to_see(
         for step in bar:
             for group in optimizer.param_groups:
                 group["lr"] = sight_rate(peak, step, num_steps)
-            views = make_views(seed, step, num_images)
+            views = make_views(writer, seed, step, num_images)
             with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-                loss, shares = name_loss(head, encode(views), views.labels)
+                loss, shares = name_loss(head, net.encode(views), views.labels)
             loss.backward()
             torch.nn.utils.clip_grad_norm_(weights, 1.0)
             optimizer.step()

@@ -1,0 +1,89 @@
+"""The mllama recipe of the embedded model: its forward is transformers' own; a small run of either model goes through."""
+
+import json
+import random
+import sys
+from pathlib import Path
+
+import pytest
+
+torch = pytest.importorskip("torch")
+transformers = pytest.importorskip("transformers")
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
+
+import train_demo  # noqa: E402
+from demo_training import dialogues, mllama, pictures, samples  # noqa: E402
+from demo_training.tokenizer import LLAMA_CONTROL, train_tokenizer  # noqa: E402
+from oracle import correct_to_metas_rule  # noqa: E402
+from published import CLIP_MEAN, CLIP_STD  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train_tokenizer(LLAMA_CONTROL)
+
+
+@pytest.fixture(scope="module")
+def net(tokenizer):
+    built = mllama.Mllama(tokenizer)
+    built.model.eval()
+    return built
+
+
+@pytest.mark.parametrize("kind", ["pair", "turns", "image_last"])
+def test_the_lean_forward_is_that_of_transformers(net, kind):
+    rng, writer = random.Random(5), net.writer()
+    sizes = [writer.fits(150, 100), writer.fits(90, 200)][: 2 if kind == "pair" else 1]
+    drawn = [pictures.training_picture("scene", *size, rng) for size in sizes]
+    facts = [picture.facts for picture in drawn]
+    asked = dialogues.ask_many(facts, rng) if kind == "pair" else None
+    sample = samples.make_sample(writer, kind, facts, [(1, 1)] * len(sizes), rng, asked)
+    groups = [writer.group([picture]) for picture in drawn]
+    batch = samples.collate([sample], groups, writer.image_id)
+    from transformers.models.mllama.image_processing_pil_mllama import MllamaImageProcessorPil
+
+    processor = MllamaImageProcessorPil(
+        size={"height": mllama.TILE, "width": mllama.TILE}, max_image_tiles=1, image_mean=CLIP_MEAN, image_std=CLIP_STD
+    )
+    inputs = processor([[picture.image for picture in drawn]], return_tensors="pt")
+    ids = torch.from_numpy(batch.ids)
+    seen = (
+        torch.from_numpy(batch.stands_at[:, None, :: groups[0].labels.shape[1]]) <= torch.arange(ids.shape[1])[:, None]
+    )
+    correct_to_metas_rule(net.model.model.language_model)
+    with torch.inference_mode():
+        right = net.model(
+            input_ids=ids,
+            attention_mask=torch.ones_like(ids),
+            pixel_values=inputs["pixel_values"],
+            aspect_ratio_ids=inputs["aspect_ratio_ids"],
+            aspect_ratio_mask=inputs["aspect_ratio_mask"],
+            cross_attention_mask=seen[..., None].long(),
+        ).logits
+        views = [net.encode(group) for group in groups]
+        ours = net.model.lm_head(net.hidden_states(batch, views))
+    torch.testing.assert_close(ours, right, atol=2e-4, rtol=2e-4)
+
+
+def test_it_is_small_and_its_heads_are_of_a_served_size(net):
+    assert sum(weight.numel() for weight in net.model.parameters()) * 2 < 6_000_000
+    text = mllama.config_dict(net.tokenizer)["text_config"]
+    assert text["hidden_size"] // text["num_attention_heads"] == 64
+    assert text["num_attention_heads"] // text["num_key_value_heads"] in (1, 2, 4, 8)
+
+
+@pytest.mark.parametrize("arch", ["qwen2-vl", "mllama"])
+def test_two_small_steps_run_from_nothing_to_a_checkpoint(arch, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    flags = f"--arch {arch} --work {tmp_path} --out {out} --sight-steps 2 --sight-rows 2 --steps 2 --rows 2"
+    monkeypatch.setattr(sys, "argv", ["train_demo.py", *flags.split(), "--final-cases", "1"])
+    train_demo.train(train_demo.parse_args())
+    names = {"config.json", "generation_config.json", "model.safetensors", "preprocessor_config.json"}
+    assert names | {"tokenizer.json", "tokenizer_config.json", "chat_template.json"} <= {p.name for p in out.iterdir()}
+    loaded = transformers.AutoModelForImageTextToText.from_pretrained(out, dtype=torch.float32)
+    assert loaded.config.model_type == json.loads((out / "config.json").read_text())["model_type"]
+    state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    assert state["step"] == 2
+    for name, weight in loaded.state_dict().items():
+        torch.testing.assert_close(weight, state["model"][name].bfloat16().float())
