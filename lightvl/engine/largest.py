@@ -15,14 +15,15 @@ from lightvl.scheduling.plan import CrossView, EncodeWork, Row, StepPlan
 from lightvl.scheduling.sequence import Sequence
 
 PROBE_SIZES = ((16384, 16384), (16384, 8192), (8192, 16384), (16384, 1024), (1024, 16384))
+SMALL_SIZES = ((512, 512),)
 COSTLIEST = SamplingParams(max_tokens=1, top_p=0.9, repetition_penalty=1.1, top_logprobs=20)
 
 
-def probe_layouts(family: Family) -> list[ImageLayout]:
-    """Of large images in several shapes; none for a text-only model."""
+def probe_layouts(family: Family, sizes: tuple[tuple[int, int], ...] = PROBE_SIZES) -> list[ImageLayout]:
+    """Of images of several (width, height), large ones if not said; none for a text-only model."""
     if family.image_token_id is None:
         return []
-    return [family.plan_image(width, height, num_images=1) for width, height in PROBE_SIZES]
+    return [family.plan_image(width, height, num_images=1) for width, height in sizes]
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,23 +36,27 @@ class _Black:
     def pixels(self) -> torch.Tensor:
         return self.image
 
+    @property
+    def num_patches(self) -> int:
+        return self.image.shape[:-1].numel()
 
-def largest_encode(family: Family, job_patches: int) -> StepPlan | None:
-    """As many of the largest image as are encoded together, at least one. None for a text-only model."""
+
+def largest_encodes(family: Family, job_patches: int) -> list[StepPlan]:
+    """As many images as are encoded together, at least one: of the largest, and of small ones, of which a tower that
+    pads each image to full size computes more. None for a text-only model."""
     made = []
-    for layout in dict.fromkeys(probe_layouts(family)):
+    for layout in dict.fromkeys([*probe_layouts(family), *probe_layouts(family, SMALL_SIZES)]):
         black = np.zeros((layout.height, layout.width, 3), dtype=np.uint8)
         made.append(_Black(family.preprocess(black, layout), layout))
-    if not made:
-        return None
-    media = max(made, key=lambda black: black.image.numel())
-    num_images = max(1, job_patches // media.image.shape[:-1].numel())
+    by_patches = sorted(made, key=lambda black: black.num_patches)
+    return [_encode(media, max(1, job_patches // media.num_patches)) for media in (by_patches[-1:] + by_patches[:1])]
+
+
+def _encode(media: _Black, num_images: int) -> StepPlan:
     num_pages = media.layout.num_cross_pages
-    works = []
-    for key in range(num_images):
-        size = num_pages or media.layout.num_tokens
-        # all write the same cross pages: what is in them does not matter
-        works.append(EncodeWork(PromptImage(key, 0, size, size, media), tuple(range(num_pages))))
+    size = num_pages or media.layout.num_tokens
+    # all write the same cross pages: what is in them does not matter
+    works = [EncodeWork(PromptImage(key, 0, size, size, media), tuple(range(num_pages))) for key in range(num_images)]
     return StepPlan(0, encodes=tuple(works), encode_budget_s=float("inf"))
 
 

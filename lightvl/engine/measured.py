@@ -18,7 +18,7 @@ from lightvl.config import ServerConfig
 from lightvl.engine.features import JOB_PATCHES, FeatureStore
 from lightvl.engine.graphs import DecodeGraphs, Graph, GraphAttention, batch_sizes
 from lightvl.engine.inputs import PageTable
-from lightvl.engine.largest import largest_encode, largest_rows
+from lightvl.engine.largest import largest_encodes, largest_rows
 from lightvl.engine.memory import Budget, LargestImage, MemoryPlan, plan_memory
 from lightvl.engine.runner import Runner
 from lightvl.engine.stream import Stream
@@ -112,17 +112,16 @@ def _measure(model: Model, limits: SchedulerLimits, largest: LargestImage, sizes
     attention = kit.make_attention(1, num_cross_pages)
     backend = max(0, before - meter.free_bytes())
     runner = _runner(model, attention, limits, kit, None)
-    encode_plan = largest_encode(model.family, JOB_PATCHES[model.device.type])
-    peaks = []
-    for plan in (encode_plan, largest_rows(limits, num_cross_pages)):
-        if plan is None:
-            peaks.append(0)
-            continue
+
+    def peak_of(plan: StepPlan) -> int:
         _run(runner, plan)  # what the first run leaves for good (loaded kernels, workspaces) is no part of the peak
-        peaks.append(meter.peak_bytes(lambda plan=plan: _run(runner, plan)))  # type: ignore[misc]
+        return meter.peak_bytes(lambda: _run(runner, plan))
+
+    encode_plans = largest_encodes(model.family, JOB_PATCHES[model.device.type])
+    encode = max((peak_of(plan) for plan in encode_plans), default=0)
+    rows = peak_of(largest_rows(limits, num_cross_pages))
     graphs = _measure_graphs(model, attention, sizes, kit) if sizes else 0
     margin = max(MARGIN_BYTES, int(meter.total_bytes * MARGIN_SHARE))
-    encode, rows = peaks
     return Needs(encode=encode, rows=rows, graphs=graphs, backend=backend, margin=margin)
 
 
