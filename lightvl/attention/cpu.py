@@ -2,7 +2,7 @@
 
 Decode rows go to our own kernel where it runs (bfloat16). Everything else is torch's matrix products over blocks small
 enough for the cache (facts: torch's SDPA is three to ten times slower here). There, scores are rounded to the model's
-dtype once, after scaling; torch's softmax computes in float32 inside. The engine calls `CpuAttention` on the lane
+dtype once, after scaling; softmax computes in float32 inside. The engine calls `CpuAttention` on the lane
 thread; the reference for it is dense attention in tests/attention.
 """
 
@@ -180,7 +180,7 @@ class CpuAttention:
             k = self._gather(keys[part], group.pages).view(num_parts * num_rows, -1, dim)
             scores = torch.baddbmm(q.new_empty(1), flat_q, k.transpose(1, 2), beta=0, alpha=self._scale)
             scores.view(num_parts, num_rows, size, -1).masked_fill_(group.beyond, -torch.inf)
-            weights = torch.softmax(scores, -1)
+            weights = _softmax_(scores)
             v = self._gather(values[part], group.pages).view(num_parts * num_rows, -1, dim)
             out[part] = torch.bmm(weights, v).view(num_parts, num_rows, size, dim)
         return out.transpose(0, 1).reshape(num_rows, num_heads, dim)
@@ -278,8 +278,14 @@ def _by_head(
                 # | keys that all of the block's queries see | a triangle |
                 corner = scores.view(end - start, size, num_keys)[:, :, num_keys - (end - start) :]
                 corner.masked_fill_(_later(end - start), -torch.inf)
-            torch.mm(torch.softmax(scores, -1), v[:num_keys], out=out[head, start:end].view(-1, dim))
+            torch.mm(_softmax_(scores), v[:num_keys], out=out[head, start:end].view(-1, dim))
     return out.transpose(0, 1).reshape(num_rows, num_heads, dim)
+
+
+def _softmax_(scores: torch.Tensor) -> torch.Tensor:
+    """Over the last dimension of dense scores, which may be overwritten."""
+    kernels = cpu_kernels() if scores.dtype == torch.bfloat16 else None
+    return torch.softmax(scores, -1) if kernels is None else kernels.softmax_(scores)
 
 
 @functools.lru_cache(maxsize=16)
@@ -322,7 +328,7 @@ def _attend_windows(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, num_segs:
         return x.view(num_segs, seg_len, num_heads, dim).transpose(1, 2).reshape(-1, seg_len, dim)
 
     scores = torch.baddbmm(q.new_empty(1), by_window(q), by_window(k).transpose(1, 2), beta=0, alpha=scale)
-    out = torch.bmm(torch.softmax(scores, -1), by_window(v))
+    out = torch.bmm(_softmax_(scores), by_window(v))
     return out.view(num_segs, num_heads, num_rows // num_segs, dim).transpose(1, 2).reshape(num_rows, num_heads, dim)
 
 

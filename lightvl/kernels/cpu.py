@@ -37,6 +37,7 @@ _SIGNATURES = {
     "lightvl_decode_attention": ([ctypes.POINTER(_Attention), _INT], None),
     "lightvl_rms_norm": ([_POINTER] * 4 + [_LONG] * 2 + [_FLOAT, _INT], None),
     "lightvl_silu_and_mul": ([_POINTER] * 2 + [_LONG] * 2 + [_INT], None),
+    "lightvl_softmax": ([_POINTER] + [_LONG] * 2 + [_INT], None),
     "lightvl_rope": ([_POINTER] * 3 + [_LONG] * 4 + [_INT], None),
 }
 
@@ -123,6 +124,13 @@ class CpuKernels:
         threads = torch.get_num_threads()
         self._library.lightvl_silu_and_mul(gate_up.data_ptr(), out.data_ptr(), num_rows, size, threads)
         return out
+
+    def softmax_(self, x: torch.Tensor) -> torch.Tensor:
+        """Over the last dimension, in place; x dense."""
+        assert x.is_contiguous() and x.dtype == torch.bfloat16
+        size = x.shape[-1]
+        self._library.lightvl_softmax(x.data_ptr(), x.numel() // size, size, torch.get_num_threads())
+        return x
 
     def rope(self, heads: torch.Tensor, num_turned: int, cos: torch.Tensor, sin: torch.Tensor) -> None:
         """Turn the first `num_turned` heads of (T, heads, D) in place; cos and sin (T, D / 2) float32. All dense."""

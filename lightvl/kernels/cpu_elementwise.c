@@ -1,5 +1,5 @@
-/* The decoder's elementwise operations in bfloat16, each in one pass over its operands. They round where torch's
-   own operations, one after the other, round (attention/ops.py says what they compute). Called from cpu.py. */
+/* Softmax, and the decoder's elementwise operations, in bfloat16, each in one pass over its operands. They round where
+   torch's own operations, one after the other, round (attention/ops.py says what they compute). Called from cpu.py. */
 
 #include <math.h>
 
@@ -68,6 +68,33 @@ void lightvl_rope(bf16 *x, const float *cos, const float *sin, long rows, long h
     for (long row = 0; row < rows; row++)
         for (long head = 0; head < turned; head++)
             rope_head(x + (row * heads + head) * 2 * half, cos + row * half, sin + row * half, half);
+}
+
+TARGET static void softmax_row(bf16 *x, long size) {
+    float weights[size]; /* as long as an image's or a context's keys: fits the cache, and the stack by far */
+    __m512 most = _mm512_set1_ps(-INFINITY), sums = _mm512_setzero_ps();
+    for (long i = 0; i < size; i += 16) {
+        __mmask16 mask = lanes(size - i);
+        most = _mm512_mask_max_ps(most, mask, most, load(x + i, mask)); /* the second operand comes back for NaN */
+    }
+    __m512 greatest = _mm512_set1_ps(_mm512_reduce_max_ps(most));
+    for (long i = 0; i < size; i += 16) {
+        __mmask16 mask = lanes(size - i);
+        __m512 weight = exp16(_mm512_sub_ps(load(x + i, mask), greatest));
+        sums = _mm512_mask_add_ps(sums, mask, sums, weight);
+        _mm512_mask_storeu_ps(weights + i, mask, weight);
+    }
+    __m512 share = _mm512_set1_ps(1.0f / _mm512_reduce_add_ps(sums));
+    for (long i = 0; i < size; i += 16) {
+        __mmask16 mask = lanes(size - i);
+        store(x + i, mask, _mm512_mul_ps(_mm512_maskz_loadu_ps(mask, weights + i), share));
+    }
+}
+
+/* Over the last dimension of x (rows, size), in place. */
+void lightvl_softmax(bf16 *x, long rows, long size, int num_threads) {
+#pragma omp parallel for schedule(static) num_threads(num_threads) if (rows * size >= PARALLEL_SIZE)
+    for (long row = 0; row < rows; row++) softmax_row(x + row * size, size);
 }
 
 /* Whether this CPU has the instructions of all these kernels. */

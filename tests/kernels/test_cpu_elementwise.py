@@ -14,7 +14,7 @@ SIZES = [(1, 16), (3, 40), (2, 100), (5, 1536), (70, 896)]
 def assert_nearly_equal(got: torch.Tensor, wanted: torch.Tensor) -> None:
     """In bfloat16's steps: almost all equal, a rounding the other way now and then (float32 sums differ in order)."""
     assert got.dtype == wanted.dtype == torch.bfloat16
-    torch.testing.assert_close(got.float(), wanted.float(), rtol=2**-6, atol=1e-30)
+    torch.testing.assert_close(got.float(), wanted.float(), rtol=2**-6, atol=1e-37)
     assert (got != wanted).float().mean() < 0.01
 
 
@@ -50,6 +50,24 @@ def test_silu_at_the_ends(kernels: CpuKernels) -> None:
     got = CpuKernelOps(kernels).silu_and_mul(torch.cat((gate, torch.ones(8).bfloat16()))[None])[0]
     assert got[:6].tolist() == [0.0, 0.0, 200.0, 0.0, pytest.approx(3e38, rel=0.01), 0.0]
     assert got[6].isnan() and got[7] == torch.inf
+
+
+@pytest.mark.parametrize(("rows", "size"), [*SIZES, (2, 1), (3, 17), (40, 3996)])
+def test_softmax(kernels: CpuKernels, rows: int, size: int) -> None:
+    torch.manual_seed(size)
+    scores = (torch.randn(rows, size) * 10).bfloat16()
+    scores[0, size // 2 :] -= torch.inf if size > 1 else 0.0
+    wanted = scores.softmax(-1)
+    got = kernels.softmax_(scores)
+    assert got is scores
+    assert_nearly_equal(got, wanted)
+    assert got[wanted == 0].eq(0).all()
+
+
+def test_softmax_of_a_row_that_is_not_a_number(kernels: CpuKernels) -> None:
+    scores = torch.zeros(3, 40).bfloat16()
+    scores[1, 7] = torch.nan
+    assert kernels.softmax_(scores).isnan().all(1).tolist() == [False, True, False]
 
 
 @pytest.mark.parametrize(("rows", "dim"), [(1, 64), (7, 128), (3, 80), (300, 32)])
