@@ -213,7 +213,8 @@ def test_every_image_ends_exactly_once(data: st.DataObject, max_patches: int, on
                 ready.discard(key)
             case budget:
                 stale = [work(key) for key in ready]  # named by a step that was planned before they ended
-                ended, errors = lane.advance([*stale, *encoding.values()], 9.0 if budget == "all" else 0.0)
+                works = sorted([*stale, *encoding.values()], key=lambda work: work.image.key)
+                ended, errors = lane.advance(works, 9.0 if budget == "all" else 0.0)
                 assert len(set(ended)) == len(ended) and not set(ended) & errors.keys()
                 for key in (*ended, *errors):
                     del encoding[key]  # it was begun, and has not ended before
