@@ -39,7 +39,7 @@ class CudaAttention:
         max_row_pages: int | None = None,
     ) -> None:
         """`max_decode_rows` bounds `fixed_decode`, and `max_row_pages` the self pages of one of its rows (None:
-        `num_pages`). The device holds a page more than `num_pages` and `num_cross_pages` each, for padding."""
+        `num_pages`). The device holds one page more than `num_pages`, for padding."""
         if shape.head_dim not in HEAD_DIMS:
             raise ConfigError(f"CUDA attention has kernels for head sizes of 64, 128 and 256, not {shape.head_dim}")
         if dtype not in (torch.bfloat16, torch.float16):
@@ -52,7 +52,9 @@ class CudaAttention:
         size = workspace_bytes(shape.num_heads, shape.num_kv_heads, shape.head_dim, num_sms, max_decode_rows)
         self._workspace = torch.zeros(size, dtype=torch.uint8, device=device)  # flashinfer wants it zeroed once
         heads, dim = shape.num_kv_heads, shape.head_dim
-        self.pages = PagesFirstStore(shape.num_layers, heads, num_pages, page_size, dim, dtype, device)
+        self.pages = PagesFirstStore(
+            shape.num_layers, heads, num_pages, page_size, dim, dtype, device, has_scratch=True
+        )
         self.cross_pages = PagesFirstStore(
             shape.num_cross_layers, heads, num_cross_pages, cross_page_len, dim, dtype, device
         )
@@ -109,7 +111,7 @@ class CudaAttention:
         assert num_rows <= self._max_decode_rows
         if self._fixed is None:
             self._fixed = FixedMemory(
-                self._max_decode_rows, self._max_row_pages, self.cross_pages.scratch_page, self._workspace
+                self._max_decode_rows, self._max_row_pages, self.cross_pages.num_pages, self._workspace
             )
         cross_pages = self.cross_pages if with_cross else None
         return CudaFixedDecode(

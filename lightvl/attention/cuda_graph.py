@@ -42,7 +42,7 @@ class CudaFixedDecode:
         *,
         multi_axis_positions: bool,
     ) -> None:
-        """`cross_pages` None: without cross attention."""
+        """`pages` have a scratch page. `cross_pages` None: without cross attention."""
         device = pages.keys.device
 
         def ints(*shape: int) -> torch.Tensor:
@@ -50,7 +50,8 @@ class CudaFixedDecode:
 
         self.num_rows = num_rows
         self._pages, self._cross_pages, self._writer = pages, cross_pages, writer
-        self._scratch_slot = pages.scratch_page * pages.page_len
+        self._scratch_page = pages.num_pages
+        self._scratch_slot = self._scratch_page * pages.page_len
         self._targets = writer.targets(ints(num_rows).fill_(self._scratch_slot))
         self._sees_image = torch.zeros(num_rows, 1, dtype=heads.dtype, device=device)
         self.inputs = StepInputs(
@@ -81,9 +82,8 @@ class CudaFixedDecode:
             self.inputs.token_ids[:num_loaded].copy_(inputs.token_ids)
             self.inputs.positions[..., :num_loaded].copy_(inputs.positions)
             self._targets.slots[:num_loaded].copy_(rows.slots)  # to int32
-        page_len, scratch_page = self._pages.page_len, self._pages.scratch_page
-        page_table = rows.page_table.numpy()
-        self._self_kernel.plan(padded_decode_rows(rows.kv_lens, page_table, page_len, self.num_rows, scratch_page))
+        kv_lens, page_table, page_len = rows.kv_lens, rows.page_table.numpy(), self._pages.page_len
+        self._self_kernel.plan(padded_decode_rows(kv_lens, page_table, page_len, self.num_rows, self._scratch_page))
         self._load_cross(None if inputs is None else inputs.cross)
 
     def _pad(self, num_loaded: int) -> None:

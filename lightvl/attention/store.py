@@ -67,9 +67,9 @@ class PageStore:
 
 
 class PagesFirstStore:
-    """`keys` and `values`: (layers, num_pages + 1, page_len, G, D), as kernels for GPUs want them.
+    """`keys` and `values`: (layers, num_pages, page_len, G, D), as kernels for GPUs want them.
 
-    The last page is scratch: it is nobody's, and rows that pad a batch are written there.
+    With `has_scratch` there is one page more, the last: it is nobody's, and rows that pad a batch are written there.
     """
 
     def __init__(
@@ -81,11 +81,13 @@ class PagesFirstStore:
         head_dim: int,
         dtype: torch.dtype,
         device: torch.device,
+        *,
+        has_scratch: bool = False,
     ) -> None:
-        shape = (num_layers, num_pages + 1, page_len, num_kv_heads, head_dim)
+        shape = (num_layers, num_pages + has_scratch, page_len, num_kv_heads, head_dim)
         self.keys = torch.zeros(shape, dtype=dtype, device=device)
         self.values = torch.zeros(shape, dtype=dtype, device=device)
-        self.page_len, self.scratch_page = page_len, num_pages
+        self.num_pages, self.page_len = num_pages, page_len
         # made once: a view costs as much of the host's time as a launch
         self.layers = list(zip(self.keys.unbind(), self.values.unbind(), strict=True))
         """(pages, page_len, G, D) of each layer."""

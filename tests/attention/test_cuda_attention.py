@@ -7,6 +7,7 @@ from __future__ import annotations
 import sys
 from dataclasses import replace
 from functools import partial
+from random import Random
 from types import ModuleType
 from typing import Any
 
@@ -72,10 +73,43 @@ def test_copied_pages_hold_the_same_keys() -> None:
     dense.check_step([(0, 1), (1, 1)])
 
 
+def test_rows_share_the_pages_of_a_prefix() -> None:
+    """In one launch: a sequence, and another that hit two of its full pages and goes on by itself."""
+    dense = make_dense(groups=3, page_size=4)
+    dense.check_step([(0, 11)])
+    dense.pages[1] = dense.pages[0][:2]
+    for layer in range(dense.layers):
+        k, v = dense.kv[0, layer]
+        dense.kv[1, layer] = k[:8], v[:8]
+    dense.check_step([(1, 6), (0, 2)])
+    dense.check_step([(0, 1), (1, 1)])
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("seed", range(30))
+def test_random_steps_equal_dense_attention(seed: int) -> None:
+    choose = Random(seed).choice
+    dense = make_dense(
+        groups=choose(range(1, 9)),
+        kv_heads=choose([1, 2, 3]),
+        dim=choose([64, 128]),
+        page_size=choose([1, 2, 5, 16]),
+        dtype=choose([torch.bfloat16, torch.float16]),
+        seed=seed,
+    )
+    dense.check_step([(seq, choose([1, 4, 30])) for seq in range(6)])
+    fixed = Fixed(dense, [1, 3, 6, 9])
+    for _ in range(12):
+        seqs = dense.random.sample(range(6), dense.random.randint(1, 6))
+        if choose([True, False]):
+            fixed.check_step(choose([size for size in fixed.steps if size >= len(seqs)]), seqs)
+        else:
+            dense.check_step([(seq, choose([1, 1, 2, 9])) for seq in seqs])
+
+
 @pytest.mark.parametrize("groups", [1, 2, 4, 7])
 def test_cross_spans_equal_dense_attention(groups: int) -> None:
-    make = lambda *args, **kwargs: make_cuda(*args, **kwargs)  # noqa: E731
-    assert_pairs_close(cross_pairs(groups=groups, dim=64, page_len=5, dtype=DTYPE, make=make))
+    assert_pairs_close(cross_pairs(groups=groups, dim=64, page_len=5, dtype=DTYPE, make=make_cuda))
 
 
 def decode_inputs(dense: Dense, seqs: list[int]) -> StepInputs:
@@ -250,7 +284,7 @@ def test_bytes_are_those_of_the_tensors_and_of_one_page_of_padding() -> None:
     shape = KVShape(num_layers=3, num_kv_heads=2, head_dim=64, num_cross_layers=2, num_heads=4)
     backend = make_cuda(shape, num_pages=5, page_size=4, dtype=DTYPE, num_cross_pages=6, cross_page_len=7)
     assert 2 * backend.pages.keys.nbytes == (5 + 1) * 4 * shape.bytes_per_token(DTYPE)
-    assert 2 * backend.cross_pages.keys.nbytes == (6 + 1) * shape.bytes_per_cross_page(7, DTYPE)
+    assert 2 * backend.cross_pages.keys.nbytes == 6 * shape.bytes_per_cross_page(7, DTYPE)
 
 
 @pytest.mark.parametrize(
