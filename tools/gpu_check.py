@@ -37,7 +37,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from gpu.report import compare, read_rows, table
+from gpu.report import compare, condensed, read_rows, table
 from gpu.rows import Context, emit_line
 from gpu.runner import BUDGETS_S, Run
 
@@ -134,7 +134,7 @@ def main() -> int:
     run = Run(Path(__file__).resolve(), parts, args.device, args.out, describe_machine(gpu))
     rows = run.run()
     print(f"\n{run.machine['gpu']}, {run.machine['commit']}")
-    print(table(rows))
+    print(table(condensed(rows)))
     if old is not None:
         print(f"\nagainst {args.compare[0]}\n{compare(old, rows)}")
     bad = [row for row in rows if row.verdict in ("fail", "skip")]

@@ -128,6 +128,15 @@ def test_two_runs_side_by_side() -> None:
     assert len(report.table(old).splitlines()) == 5
 
 
+def test_many_passed_checks_become_one_line() -> None:
+    rows = [Row("attention", f"case {i}", value=float(i % 25), seconds=0.5) for i in range(30)]
+    rows += [Row("attention", "bad", "fail", 99.0), Row("speed", "fine", value=1.0)]
+    told = report.condensed(rows)
+    assert of(told) == [("bad", "fail"), ("30 more, the worst", "pass"), ("fine", "pass")]
+    assert (told[1].value, told[1].note, told[1].seconds) == (24, "case 24", 15)
+    assert report.condensed(rows[10:]) == rows[10:]
+
+
 def test_all_parts_fit_into_eight_minutes() -> None:
     assert sum(BUDGETS_S.values()) <= 470
     for part in BUDGETS_S:

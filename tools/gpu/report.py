@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from bench.summary import rounded
 
 from gpu.rows import Row
+
+MANY = 20  # rows of a part that passed
 
 
 def write_json(path: Path, machine: dict[str, Any], parts: dict[str, Any], rows: Iterable[Row]) -> None:
@@ -27,6 +30,23 @@ def read_rows(path: Path) -> list[Row]:
 def line(row: Row) -> str:
     """One row, as it is told when it is known."""
     return "  ".join(_cells(row)).rstrip()
+
+
+def condensed(rows: list[Row]) -> list[Row]:
+    """For a screen, and for a tool that keeps the end of an output only: of a part with many checks that passed, one
+    row with the worst of them."""
+    told: list[Row] = []
+    for part in dict.fromkeys(row.part for row in rows):
+        own = [row for row in rows if row.part == part]
+        passed = [row for row in own if row.verdict == "pass" and row.value is not None]
+        if len(passed) <= MANY:
+            told += own
+            continue
+        worst = max(passed, key=lambda row: row.value or 0)
+        told += [row for row in own if row not in passed]
+        seconds = sum(row.seconds for row in passed)
+        told.append(replace(worst, check=f"{len(passed)} more, the worst", seconds=seconds, note=worst.check))
+    return told
 
 
 def table(rows: list[Row]) -> str:
