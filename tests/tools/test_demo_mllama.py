@@ -1,4 +1,4 @@
-"""The mllama recipe of the embedded model: its forward is transformers' own; a small run of either model goes through."""
+"""The mllama recipe of the embedded model: its forward is transformers' own, small runs of both models go through."""
 
 import json
 import random
