@@ -127,19 +127,20 @@ def _measure(model: Model, limits: SchedulerLimits, largest: LargestImage, sizes
 
 def _measure_graphs(model: Model, attention: GraphAttention, sizes: Sequence[int], kit: Kit) -> int:
     """The first graph takes memory for all, each further one what the driver wants for its launches: two tell."""
-    peaks = []
-    for tried in (sizes[-1:], sizes[-2:]):
-        make_graph = kit.make_graphs_pool()
-        held: list[DecodeGraphs] = []  # until the peak has been read
+    held: list[DecodeGraphs] = []  # until the peak has been read
 
-        def capture(
-            tried: Sequence[int] = tried, make_graph: Callable[[], Graph] = make_graph, held: list[DecodeGraphs] = held
-        ) -> None:
-            held.append(DecodeGraphs(model, attention, tried, make_graph, kit.meter.free_bytes))
+    def capture(tried: Sequence[int]) -> None:
+        held.append(DecodeGraphs(model, attention, tried, kit.make_graphs_pool(), kit.meter.free_bytes))
 
-        peaks.append(kit.meter.peak_bytes(capture))
+    def peak_of(tried: Sequence[int]) -> int:
+        peak = kit.meter.peak_bytes(lambda: capture(tried))
         held.clear()
-    return peaks[0] + max(0, peaks[1] - peaks[0]) * (len(sizes) - 1)
+        return peak
+
+    capture(sizes[-1:])  # as above: what stays of the first time is no part of it
+    held.clear()
+    one, two = peak_of(sizes[-1:]), peak_of(sizes[-2:])
+    return one + max(0, two - one) * (len(sizes) - 1)
 
 
 def _run(runner: Runner, plan: StepPlan) -> None:

@@ -111,11 +111,14 @@ class Runner:
         return StepResult(outcome, tokens, errors, step.rows_error)
 
     def _encode(self, plan: StepPlan, step: LaunchedStep) -> None:
-        advanced = self._features.advance(plan.encodes, plan.encode_budget_s)
-        step.encode_errors = {key: _told(error) for key, error in advanced.errors.items()}
-        if advanced.ended:
-            step.encoded = list(advanced.ended)
-            step.is_finite = self._stream.to_host(torch.stack(list(advanced.ended.values())))
+        try:
+            advanced = self._features.advance(plan.encodes, plan.encode_budget_s)
+            step.encode_errors = {key: _told(error) for key, error in advanced.errors.items()}
+            if advanced.ended:
+                step.is_finite = self._stream.to_host(torch.stack(list(advanced.ended.values())))
+                step.encoded = list(advanced.ended)
+        except Exception as error:  # no image's own: all of the step's are given up
+            step.encode_errors = dict.fromkeys((work.image.key for work in plan.encodes), _told(error))
 
     def _compute(self, rows: tuple[Row, ...], step: LaunchedStep) -> None:
         host = build_inputs(
