@@ -20,6 +20,7 @@ from lightvl.errors import ConfigError
 
 HEAD_DIMS = (64, 128, 256)
 """With others flashinfer compiles kernels whose results are wrong."""
+DTYPES = (torch.bfloat16, torch.float16)
 
 
 class CudaAttention:
@@ -42,7 +43,7 @@ class CudaAttention:
         `num_pages`). The device holds one page more than `num_pages`, for padding."""
         if shape.head_dim not in HEAD_DIMS:
             raise ConfigError(f"CUDA attention has kernels for head sizes of 64, 128 and 256, not {shape.head_dim}")
-        if dtype not in (torch.bfloat16, torch.float16):
+        if dtype not in DTYPES:
             raise ConfigError(
                 f"CUDA attention computes in bfloat16 or float16, not {str(dtype).removeprefix('torch.')}"
             )
