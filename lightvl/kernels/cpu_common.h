@@ -8,7 +8,7 @@
 
 typedef uint16_t bf16;
 
-#define TARGET __attribute__((target("avx512f,avx512bw,avx512vl,avx512bf16")))
+#define TARGET __attribute__((target("avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")))
 #define INLINE static inline __attribute__((always_inline, unused)) TARGET
 
 INLINE float to_float(bf16 value) {

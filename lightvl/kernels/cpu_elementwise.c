@@ -100,5 +100,6 @@ void lightvl_softmax(bf16 *x, long rows, long size, int num_threads) {
 /* Whether this CPU has the instructions of all these kernels. */
 int lightvl_supported(void) {
     return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512bf16");
+           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+           __builtin_cpu_supports("avx512bf16");
 }
