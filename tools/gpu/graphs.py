@@ -53,7 +53,7 @@ def run(context: Context) -> None:
                 )
         for number, model in enumerate(CHOSEN[:1] if context.is_dry else CHOSEN):
             checked = Checked(context, model, Path(folder) / f"served {number}")
-            for name in list(CASES)[1 if context.is_dry else 0 :]:  # `families` has been dry enough for the first
+            for name in CASES:
                 context.check(
                     f"{model.name}: {name}", lambda row, checked=checked, name=name: checked.check(name, row), seconds=6
                 )
@@ -129,10 +129,9 @@ class DriveOn(Drive):
         return dataclasses.replace(made, self_attention=rows_of, cross=cross, **moved)
 
 
-# --- the same, however it is served ---------------------------------------------------------------------------------
+# --- the same, however it is served (each alone and whole is in `families`) ------------------------------------------
 
 CASES: dict[str, dict[str, Any]] = {
-    "alone": {},
     "in chunks": {"chunked_prefill_size": 32},
     "together": {},
     "after preemption": {"chunked_prefill_size": 32, "page_size": 4},

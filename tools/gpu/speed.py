@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import dataclasses
+import functools
 import statistics
 import tempfile
 import time
@@ -284,9 +285,13 @@ class Bench:
         return made
 
     async def _image_prompt(self, seed: str, size: tuple[int, int], num_words: int = 4) -> Prompt:
-        url = "data:image/jpeg;base64," + base64.b64encode(random_jpeg(*size, seed)).decode()
-        parts = (ImagePart(url), TextPart(random_words(num_words, seed)))
+        parts = (ImagePart(_data_url(*size, seed)), TextPart(random_words(num_words, seed)))
         return await self._running_service().prompts.build_chat([Message("user", parts)])
+
+
+@functools.lru_cache(maxsize=2 * NUM_IMAGES)
+def _data_url(width: int, height: int, seed: str) -> str:
+    return "data:image/jpeg;base64," + base64.b64encode(random_jpeg(width, height, seed)).decode()
 
 
 def write_checkpoint(folder: Path, architecture: str) -> None:
