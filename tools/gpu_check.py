@@ -86,9 +86,9 @@ def run_child(args: argparse.Namespace) -> int:
     """One part, in this process. `tests` is on the path for the reference models that it shares with the tests."""
     sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
     faulthandler.enable()
-    faulthandler.dump_traceback_later(max(1.0, args.seconds - 2))  # where it hung, before it is killed
-    context = Context(args.child, args.device, args.seconds, emit_line, args.after)
-    importlib.import_module(f"gpu.{args.child}").run(context)
+    faulthandler.dump_traceback_later(max(1.0, args.until - time.time() - 2))  # where it hung, before it is killed
+    part = importlib.import_module(f"gpu.{args.child}")
+    part.run(Context(args.child, args.device, args.until - time.time(), emit_line, args.after))
     faulthandler.cancel_dump_traceback_later()
     return 0
 
@@ -104,7 +104,7 @@ def parse_args() -> argparse.Namespace:
         "--compare", type=Path, nargs="+", metavar="JSON", help="an older run's result; with two, nothing is run"
     )
     parser.add_argument("--child", choices=list(BUDGETS_S), help=argparse.SUPPRESS)
-    parser.add_argument("--seconds", type=float, default=60.0, help=argparse.SUPPRESS)
+    parser.add_argument("--until", type=float, help=argparse.SUPPRESS)  # seconds of the epoch
     parser.add_argument("--after", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if unknown := sorted(set(args.parts) - set(BUDGETS_S)):

@@ -22,11 +22,11 @@ sys.path.insert(0, {str(ROOT / "tools")!r})
 import gpu.rows
 from gpu.rows import Context, emit_line
 parser = argparse.ArgumentParser()
-for flag in ("--child", "--device", "--seconds", "--after"):
+for flag in ("--child", "--device", "--until", "--after"):
     parser.add_argument(flag)
 args = parser.parse_args()
 gpu.rows.device_answers = lambda: False
-context = Context(args.child, "cuda", float(args.seconds), emit_line, args.after)
+context = Context(args.child, "cuda", float(args.until) - time.time(), emit_line, args.after)
 def fails(row):
     raise ValueError("broken\\nsecond line")
 def dies(row):

@@ -54,7 +54,7 @@ class Run:
     def _part(self, part: str, until: float, log: IO[str]) -> str:
         after: str | None = None
         for _ in range(MAX_DEATHS):
-            process = PartProcess(self.tool, part, self.device, until - time.monotonic(), after, log, self._add)
+            process = PartProcess(self.tool, part, self.device, until, after, log, self._add)
             code = process.wait(until)
             if code == 0:
                 return "complete"
@@ -85,7 +85,7 @@ class PartProcess:
         tool: Path,
         part: str,
         device: str,
-        seconds: float,
+        until: float,
         after: str | None,
         log: IO[str],
         add: Callable[[Row], None],
@@ -93,7 +93,9 @@ class PartProcess:
         self.running: str | None = None  # the check that has begun and not ended
         self.last: str | None = None  # the last one that has begun
         self._log, self._add = log, add
-        command = [sys.executable, str(tool), "--child", part, "--device", device, "--seconds", f"{seconds:.1f}"]
+        # a clock that the child reads too: what it takes to load torch is part of its time
+        until_epoch = time.time() + until - time.monotonic()
+        command = [sys.executable, str(tool), "--child", part, "--device", device, "--until", f"{until_epoch:.1f}"]
         if after is not None:
             command += ["--after", after]
         environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
