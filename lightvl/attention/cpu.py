@@ -18,8 +18,8 @@ from lightvl.attention.base import StepInputs
 from lightvl.attention.store import KVShape, PageStore
 from lightvl.kernels.cpu import cpu_kernels
 
-SCORE_BLOCK = 1 << 20
-"""Most scores computed at once, in elements: 2 MB in bfloat16."""
+SCORE_BLOCK = 1 << 21
+"""Most scores computed at once, in elements: 4 MB in bfloat16."""
 CAUSAL_ROWS = 128
 """Most queries in one causal block: the keys after a block's last query are not computed at all."""
 GATHER_BYTES = 1 << 22

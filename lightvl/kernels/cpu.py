@@ -37,6 +37,7 @@ _SIGNATURES = {
     "lightvl_decode_attention": ([ctypes.POINTER(_Attention), _INT], None),
     "lightvl_rms_norm": ([_POINTER] * 4 + [_LONG] * 2 + [_FLOAT, _INT], None),
     "lightvl_silu_and_mul": ([_POINTER] * 2 + [_LONG] * 2 + [_INT], None),
+    "lightvl_quick_gelu": ([_POINTER, _LONG, _INT], None),
     "lightvl_softmax": ([_POINTER] + [_LONG] * 2 + [_INT], None),
     "lightvl_rope": ([_POINTER] * 3 + [_LONG] * 4 + [_INT], None),
 }
@@ -124,6 +125,12 @@ class CpuKernels:
         threads = torch.get_num_threads()
         self._library.lightvl_silu_and_mul(gate_up.data_ptr(), out.data_ptr(), num_rows, size, threads)
         return out
+
+    def quick_gelu_(self, x: torch.Tensor) -> torch.Tensor:
+        """x * sigmoid(1.702 x), in place; x dense. Rounded once."""
+        assert x.is_contiguous() and x.dtype == torch.bfloat16
+        self._library.lightvl_quick_gelu(x.data_ptr(), x.numel(), torch.get_num_threads())
+        return x
 
     def softmax_(self, x: torch.Tensor) -> torch.Tensor:
         """Over the last dimension, in place; x dense."""

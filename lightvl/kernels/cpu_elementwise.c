@@ -1,4 +1,4 @@
-/* Softmax, and the decoder's elementwise operations, in bfloat16, each in one pass over its operands. They round where
+/* Softmax, an activation, and the decoder's elementwise operations, in bfloat16, each in one pass over its operands. They round where
    torch's own operations, one after the other, round (attention/ops.py says what they compute). Called from cpu.py. */
 
 #include <math.h>
@@ -68,6 +68,22 @@ void lightvl_rope(bf16 *x, const float *cos, const float *sin, long rows, long h
     for (long row = 0; row < rows; row++)
         for (long head = 0; head < turned; head++)
             rope_head(x + (row * heads + head) * 2 * half, cos + row * half, sin + row * half, half);
+}
+
+TARGET static void quick_gelu_part(bf16 *x, long size) {
+    __m512 one = _mm512_set1_ps(1.0f), slope = _mm512_set1_ps(-1.702f);
+    for (long i = 0; i < size; i += 16) {
+        __mmask16 mask = lanes(size - i);
+        __m512 value = load(x + i, mask);
+        store(x + i, mask, _mm512_div_ps(value, _mm512_add_ps(one, exp16(_mm512_mul_ps(value, slope)))));
+    }
+}
+
+/* x = x sigmoid(1.702 x), in place. */
+void lightvl_quick_gelu(bf16 *x, long size, int num_threads) {
+    long part = 4096, num_parts = (size + part - 1) / part;
+#pragma omp parallel for schedule(static) num_threads(num_threads) if (size >= PARALLEL_SIZE)
+    for (long p = 0; p < num_parts; p++) quick_gelu_part(x + p * part, size - p * part < part ? size - p * part : part);
 }
 
 TARGET static void softmax_row(bf16 *x, long size) {

@@ -52,6 +52,16 @@ def test_silu_at_the_ends(kernels: CpuKernels) -> None:
     assert got[6].isnan() and got[7] == torch.inf
 
 
+@pytest.mark.parametrize(("rows", "size"), SIZES)
+def test_quick_gelu(kernels: CpuKernels, rows: int, size: int) -> None:
+    torch.manual_seed(rows)
+    x = (torch.randn(rows, size) * 4).bfloat16()
+    wanted = (x.float() * (1.702 * x.float()).sigmoid()).bfloat16()
+    got = kernels.quick_gelu_(x)
+    assert got is x
+    assert_nearly_equal(got, wanted)
+
+
 @pytest.mark.parametrize(("rows", "size"), [*SIZES, (2, 1), (3, 17), (40, 3996)])
 def test_softmax(kernels: CpuKernels, rows: int, size: int) -> None:
     torch.manual_seed(size)

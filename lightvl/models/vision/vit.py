@@ -14,6 +14,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from lightvl.attention.base import EncoderAttention
+from lightvl.kernels.cpu import cpu_kernels
 from lightvl.models.linear import Linear
 from lightvl.models.load import Target, module_targets
 from lightvl.models.rope import apply_rope
@@ -112,7 +113,10 @@ def layer_norm(size: int, eps: float, *, dtype: torch.dtype, device: torch.devic
 
 
 def _quick_gelu(x: torch.Tensor) -> torch.Tensor:
-    return (x * 1.702).sigmoid_().mul_(x)
+    """May overwrite x."""
+    is_dense = x.device.type == "cpu" and x.dtype == torch.bfloat16 and x.is_contiguous()
+    kernels = cpu_kernels() if is_dense else None
+    return (x * 1.702).sigmoid_().mul_(x) if kernels is None else kernels.quick_gelu_(x)
 
 
 ACTIVATIONS: dict[Activation, Callable[[torch.Tensor], torch.Tensor]] = {
