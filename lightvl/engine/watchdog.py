@@ -22,6 +22,8 @@ EXIT_STATUS = 70
 """EX_SOFTWARE. Not 2, which means that a restart would not help."""
 GRACE_S = 5.0
 """Between the report and the end: for probes to see /health at 503, and for clients to hear of it."""
+BACKSTOP_S = 30.0
+"""Beyond twice the timeout: then nothing above has come to its turn."""
 
 
 def _exit() -> None:
@@ -63,6 +65,10 @@ class Watchdog:
     def idle(self) -> None:
         self._began = None
 
+    def is_overdue(self) -> bool:
+        began = self._began
+        return began is not None and time.monotonic() - began > self.timeout_s
+
     def condemn(self, reason: str) -> None:
         """The device is known to be lost: end now, not after the timeout."""
         self._reason = reason
@@ -75,10 +81,9 @@ class Watchdog:
     def _watch(self) -> None:
         while not self._closed:
             if self._backstop:
-                faulthandler.dump_traceback_later(2 * self.timeout_s + self._grace_s, exit=True)
+                faulthandler.dump_traceback_later(2 * self.timeout_s + BACKSTOP_S, exit=True)
             self._wake.wait(min(self.timeout_s / 10, 5.0))
-            began = self._began
-            if self._reason is None and began is not None and time.monotonic() - began > self.timeout_s:
+            if self._reason is None and self.is_overdue():
                 self._reason = f"a step of the device has taken more than {self.timeout_s:g} s (--watchdog-timeout)"
             if self._reason is not None:
                 self._end(self._reason)

@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 import torch
 from cuda_helpers import MIB, LateCudaPlatform, ScriptedMeter
-from parity_helpers import Oracle, ask, assert_same, question, serving
+from parity_helpers import Oracle, ask, assert_same, question, serving, to_messages
 
+from lightvl.core import SamplingParams
 from lightvl.engine import build
 from lightvl.engine.build import LightVLService
 from lightvl.errors import ConfigError, LightVLError, Overloaded
@@ -93,14 +94,22 @@ async def test_without_graphs(oracle_of: GetOracle, platform: LateCudaPlatform) 
 
 
 async def test_more_choices_than_may_run_are_drawn_in_blocks(oracle_of: GetOracle, platform: LateCudaPlatform) -> None:
-    """Their first tokens are drawn together, from one row of logits."""
+    """The first tokens of two requests are drawn in one step, from one row of logits for each."""
     oracle = oracle_of("qwen2")
+    params = SamplingParams(max_tokens=6, n=5, temperature=1.5, seed=3)
+    flags = {"chunked_prefill_size": 512, "disable_radix_cache": True}  # nobody waits for a common prefix
     answers = []
     for max_running in (2, 6):
-        async with late(oracle, max_running_requests=max_running) as service:
-            drawn = await ask(service, question(0, 2), max_tokens=6, n=5, temperature=1.5, seed=3)
-            answers.append([answer.token_ids for answer in drawn])
-    assert answers[0] == answers[1] and len({tuple(ids) for ids in answers[0]}) > 1
+        async with late(oracle, max_running_requests=max_running, **flags) as service:
+            turns = [to_messages(question(0, case)) for case in (1, 2)]
+            prompts = [await service.prompts.build_chat(messages) for messages in turns]
+            drawn: dict[tuple[int, int], list[int]] = {}
+            for number, generation in enumerate([service.engine.submit(prompt, params) for prompt in prompts]):
+                async for delta in generation:
+                    drawn.setdefault((number, delta.choice), []).extend(delta.token_ids)
+            answers.append(drawn)
+    assert answers[0] == answers[1] and len(answers[0]) == 10
+    assert all(len({tuple(answers[0][number, choice]) for choice in range(5)}) > 1 for number in (0, 1))
 
 
 # --- memory ---------------------------------------------------------------------------------------------------------
