@@ -4,16 +4,20 @@ So their own code has run before a GPU sees it; and each of them must notice whe
 from __future__ import annotations
 
 import importlib
+import inspect
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from gpu import devices
 from gpu.rooflines import decode_bytes, encode_flops, prefill_flops
 from gpu.rows import Context, Row
 from make_random_model import ARCHITECTURES, write_json
 from parity_helpers import Bfloat16Errors
 
+from lightvl.attention.store import KVShape
+from lightvl.engine import cuda
 from lightvl.engine.graphs import DecodeGraphs
 from lightvl.models.config import decoder_config
 from lightvl.models.family import ImageLayout
@@ -130,3 +134,17 @@ def test_server_dry() -> None:
     rows = dry("server")
     assert_passed(rows)
     assert [row.verdict for row in rows] == ["told", "told", "pass"]
+
+
+def test_what_stands_for_cuda_takes_the_same_arguments() -> None:
+    """Only its code is new to a GPU: the names are there, and they take what the stand-ins take."""
+    shape = KVShape(1, 2, 64, num_heads=2)
+    given = {"num_pages": 1, "page_size": 1, "dtype": torch.bfloat16, "num_cross_pages": 0, "cross_page_len": 0}
+    for make in (devices.make_attention, devices.make_graph_attention):
+        on_cuda = make("cuda")
+        inspect.signature(on_cuda.func).bind(shape, **given, **on_cuda.keywords)
+        inspect.signature(make("cpu")).bind(shape, **given)
+    here, there = (inspect.signature(devices.tower_attention(device)) for device in ("cpu", "cuda"))
+    assert here == there
+    assert hasattr(devices.make_graph_attention("cuda").func, "fixed_decode")
+    assert callable(cuda.graphs_pool)
