@@ -22,6 +22,8 @@ SCORE_BLOCK = 1 << 21
 """Most scores computed at once, in elements: 4 MB in bfloat16."""
 CAUSAL_ROWS = 128
 """Most queries in one causal block: the keys after a block's last query are not computed at all."""
+EVEN_ROWS = 64
+"""Queries come in multiples of this: matmuls by 262 rows take half as long again as by 256 or 512."""
 GATHER_BYTES = 1 << 22
 """Most K (or V) bytes gathered at once for decode rows; fits the cache beside the scores."""
 SHORT_SEGMENT = 256
@@ -269,6 +271,7 @@ def _by_head(
     for head in range(num_kv_heads):
         k, v = head_kv(head)
         step = max(1, min(SCORE_BLOCK // (size * len(k)), CAUSAL_ROWS if causal else num_rows))
+        step -= step % EVEN_ROWS if step > EVEN_ROWS else 0
         for start in range(0, num_rows, step):
             end = min(start + step, num_rows)
             num_keys = len(k) - num_rows + end if causal else len(k)
