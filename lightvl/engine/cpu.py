@@ -14,6 +14,7 @@ from lightvl.engine.platform import Defaults, Machine
 from lightvl.engine.runner import Runner
 from lightvl.engine.stream import CpuStream
 from lightvl.errors import ConfigError
+from lightvl.kernels.cpu import cpu_kernels
 from lightvl.models.linear import pick_dtype
 from lightvl.models.model import Model
 from lightvl.scheduling.limits import SchedulerLimits
@@ -37,7 +38,8 @@ class CpuPlatform:
 
     @property
     def told(self) -> str:
-        return f"cpu, {torch.get_num_threads()} threads"
+        kernels = "torch's kernels only" if cpu_kernels() is None else "decoding bfloat16 by LightVL's kernels"
+        return f"cpu, {torch.get_num_threads()} threads, {kernels}"
 
     def pick_dtype(self, config: ServerConfig) -> tuple[torch.dtype, str]:
         if config.dtype == "auto":
