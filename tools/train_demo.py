@@ -3,13 +3,15 @@
     python tools/train_demo.py --minutes 80     # as long as given; the learning rate follows the clock
     python tools/train_demo.py --steps 5000     # the same weights again from the same seed, on the same machine
 
-A run goes on from the checkpoint in `--work` where there is one. On a shared machine: one thread, `nice`, and
-MALLOC_MMAP_THRESHOLD_=4000000000 MALLOC_TRIM_THRESHOLD_=8000000000 (freed memory is kept: one tenth faster).
+A run goes on from the checkpoint in `--work` where there is one; SIGTERM ends it with one, and a run may be stopped and
+continued. On a shared machine: one thread, `nice`, and MALLOC_MMAP_THRESHOLD_=4000000000
+MALLOC_TRIM_THRESHOLD_=8000000000 (freed memory is kept: one tenth faster).
 """
 
 import argparse
 import csv
 import math
+import signal
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +23,7 @@ from demo_training.mllama import Mllama
 from demo_training.model import Architecture, answer_loss
 from demo_training.qwen2_vl import Qwen2VL
 from demo_training.samples import make_batch
-from demo_training.sight import learn_to_see, make_head, name_loss
+from demo_training.sight import learn_to_see, make_head, make_views, name_loss
 from demo_training.tokenizer import LLAMA_CONTROL, QWEN_TOKENS, train_tokenizer
 from tokenizers import Tokenizer
 from tqdm import tqdm
@@ -34,7 +36,7 @@ WARMUP_STEPS = 100
 
 @dataclass
 class Clock:
-    """How far the run is: by steps, or by training time (evaluation and checkpoints included)."""
+    """How far the run is: by steps, or by computing time (evaluation and checkpoints included, pauses not)."""
 
     steps: int | None
     minutes: float | None
@@ -44,7 +46,7 @@ class Clock:
 
     @property
     def seconds(self) -> float:
-        return self.seconds_before + time.monotonic() - self.started
+        return self.seconds_before + time.thread_time() - self.started
 
     @property
     def progress(self) -> float:
@@ -89,7 +91,11 @@ def train(args: argparse.Namespace) -> None:
     )
     run = Run(args, net, head, Guide(tokenizer))
     run.restore()
+    before = signal.signal(signal.SIGTERM, run.stop)
     run.go()
+    signal.signal(signal.SIGTERM, before)
+    if run.is_told_to_stop:
+        return
     out = args.out or PACKAGE_FOLDER / args.arch.replace("-", "_")
     net.export(out)
     print(f"{run.clock.step} steps, {run.clock.seconds / 60:.1f} minutes, loss {run.mean_loss:.4f}")
@@ -108,6 +114,7 @@ class Run:
         self.clock = Clock(args.steps, args.minutes)
         self.mean_loss = 0.0
         self.checkpoint = args.work / "checkpoint.pt"
+        self.is_told_to_stop = False
 
     def restore(self) -> None:
         """Goes on from the checkpoint where there is one."""
@@ -117,6 +124,10 @@ class Run:
             self.head.load_state_dict(state["head"])
             self.optimizer.load_state_dict(state["optimizer"])
             self.clock.step, self.clock.seconds_before = state["step"], state["seconds"]
+
+    def stop(self, *_: object) -> None:
+        """Ends the run after the present step, with a checkpoint to go on from."""
+        self.is_told_to_stop = True
 
     def save(self) -> None:
         state = {
@@ -136,6 +147,8 @@ class Run:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         batch = make_batch(self.writer, args.seed, self.clock.step, args.rows)
+        # the tower goes on seeing more pictures than are asked about: they are cheap without text
+        more = make_views(self.writer, args.seed + 1, self.clock.step, args.more_views) if args.more_views else None
         with torch.autocast("cpu", torch.bfloat16, enabled=not args.float32):
             views = [self.net.encode(group) for group in batch.images]
             looks: dict[int, torch.Tensor] = {}
@@ -144,6 +157,8 @@ class Run:
             named = [
                 name_loss(self.head, view, group.labels)[0] for view, group in zip(views, batch.images, strict=True)
             ]
+            if more is not None:
+                named.append(2 * name_loss(self.head, self.net.encode(more), more.labels)[0])
         naming = sum(named) / max(len(named), 1)
         (loss + args.sight_weight * naming + args.look_weight * guided).backward()
         norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0))
@@ -158,14 +173,14 @@ class Run:
     def go(self) -> None:
         """Trains to the end, with a log, checkpoints and now and then some held-out cases."""
         args, clock = self.args, self.clock
-        clock.started = time.monotonic()
+        clock.started = time.thread_time()
         saved = evaluated = clock.seconds
         with (
             (args.work / "loss.csv").open("a", newline="") as log_file,
             tqdm(initial=clock.step, total=args.steps, mininterval=20) as bar,
         ):
             log = csv.writer(log_file)
-            while clock.progress < 1:
+            while clock.progress < 1 and not self.is_told_to_stop:
                 told = self.step()
                 log.writerow(
                     [clock.step, f"{clock.seconds:.1f}", *(f"{told[key]:.5f}" for key in ("loss", "lr", "norm"))]
@@ -203,14 +218,15 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--arch", choices=tuple(ARCHITECTURES), default="qwen2-vl")
     parser.add_argument("--out", type=Path, help="the checkpoint folder to write; the package's own by default")
     parser.add_argument("--work", type=Path, default=Path("/tmp/demo_run"), help="checkpoints and logs, outside git")
-    parser.add_argument("--minutes", type=float, help="training time; the schedule follows the clock")
+    parser.add_argument("--minutes", type=float, help="computing time; the schedule follows the clock")
     parser.add_argument("--steps", type=int, help="training steps; with this alone a run can be repeated exactly")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--rows", type=int, default=16, help="images of one step")
-    parser.add_argument("--sight-steps", type=int, default=8000, help="steps for the tower alone, before any text")
+    parser.add_argument("--sight-steps", type=int, default=5000, help="steps for the tower alone, before any text")
     parser.add_argument("--sight-rows", type=int, default=16, help="images of one such step")
     parser.add_argument("--sight-lr", type=float, default=2e-3)
-    parser.add_argument("--sight-weight", type=float, default=0.5, help="of naming tokens beside the answers' loss")
+    parser.add_argument("--more-views", type=int, default=32, help="images that are only named, in each step")
+    parser.add_argument("--sight-weight", type=float, default=1.0, help="of naming tokens beside the answers' loss")
     parser.add_argument("--look-weight", type=float, default=0.5, help="of looking at what a word names")
     parser.add_argument("--lr", type=float, default=1e-3, help="peak learning rate")
     parser.add_argument("--threads", type=int, default=1)

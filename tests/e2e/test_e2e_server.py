@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import os
 import re
@@ -19,7 +21,10 @@ import openai
 import pytest
 import requests
 from parity_helpers import data_url, noise_image
+from PIL import Image, ImageDraw
 from tiny_models import tiny_mllama
+
+import lightvl.demo
 
 READY = re.compile(r"LightVL serves (\S+) at (http://\S+) ")
 START_LIMIT_S = 90  # on a busy machine; what a quiet one does is in tools/LOG.md
@@ -107,6 +112,29 @@ def test_the_curl_that_the_greeting_tells_answers(demo: Running) -> None:
     reply = json.loads(subprocess.run(["bash", "-c", command], capture_output=True, check=True, timeout=60).stdout)
     assert reply["choices"][0]["finish_reason"] == "stop"
     assert reply["usage"]["prompt_tokens_details"]["image_tokens"] > 0
+
+
+def test_the_embedded_model_is_right_about_its_sample(demo: Running) -> None:
+    sample = Path(lightvl.demo.__file__).parent / "qwen2_vl" / "sample.png"
+    picture = image_part("data:image/png;base64," + base64.b64encode(sample.read_bytes()).decode())
+    blue = Image.new("RGB", (168, 168), "white")
+    ImageDraw.Draw(blue).ellipse((10, 10, 74, 74), (36, 84, 220))
+    packed = io.BytesIO()
+    blue.save(packed, "PNG")
+    other = image_part("data:image/png;base64," + base64.b64encode(packed.getvalue()).decode())
+
+    def says(*content: dict[str, Any]) -> str:
+        text: str = chat(demo, list(content), temperature=0, max_tokens=96)["choices"][0]["message"]["content"]
+        return text
+
+    cross, circle = "red cross at the top right", "blue circle at the top left"
+    alone = says(picture, text_part("What is in this image?"))
+    assert (
+        cross in alone and "black square at the bottom left" in alone and "gray triangle at the bottom right" in alone
+    )
+    for pair, first, second in (((picture, other), cross, circle), ((other, picture), circle, cross)):
+        assert first in says(*pair, text_part("Describe the first image."))
+        assert second in says(*pair, text_part("Describe the second image."))
 
 
 def test_the_same_image_in_three_forms_is_decoded_and_encoded_once(demo: Running) -> None:
