@@ -95,10 +95,6 @@ class WaitingQueue:
         place = self._look_up(sequence)
         return place.node.depth * self._allocator.page_size if place is not None else 0
 
-    def waits_for_prefix(self, sequence: Sequence) -> bool:
-        place = self._look_up(sequence)
-        return place is not None and place.claim is not None
-
     def _has_room(self, sequence: Sequence, node: RadixNode | None, reserved: int) -> bool:
         allocator = self._allocator
         needed = allocator.pages_for(sequence.num_tokens + 1)

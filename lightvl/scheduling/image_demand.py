@@ -52,17 +52,13 @@ class ImageDemand:
         for _, sequence in zip(range(MAX_PREFETCHED), self._waiting, strict=False):
             if not sequence.prompt.images:
                 continue
-            # whoever computes the prefix that it waits for may go on to compute their common images, but no others
-            own_only = self._waiting.waits_for_prefix(sequence)
-            if not self._prefetch_for(sequence, self._waiting.num_matched(sequence), own_only=own_only):
+            if not self._prefetch_for(sequence, self._waiting.num_matched(sequence)):
                 return
 
-    def _prefetch_for(self, sequence: Sequence, start: int, *, own_only: bool = False) -> bool:
-        """False where no more should be begun for anyone. `own_only`: no images that another request has too."""
+    def _prefetch_for(self, sequence: Sequence, start: int) -> bool:
+        """False where no more should be begun for anyone."""
         for image in sequence.prompt.images:
             if image.end_row <= start or self._images.get(image.key) is not None:
-                continue
-            if own_only and any(self._forks.leader(other) is not sequence for other in self._wanted_by[image.key]):
                 continue
             if self._images.num_encoding >= MAX_PREFETCHED or not self._images.prefetch(image, self._wanted_by):
                 return False
