@@ -1,6 +1,8 @@
-"""How the embedded model is made: everything it learns from is drawn and worded here, nothing is downloaded.
+"""How the embedded models are made: everything they learn from is drawn and worded here, nothing is downloaded.
 
-scenes -> what is in a picture, and its pixels · questions -> what is asked, what is right · samples -> training batches
-tokenizer, model -> the files of the Qwen2-VL family · cases -> held-out conversations · evaluate -> exact answers
-through transformers' own generate.
+scenes, prints, charts, others -> what can be in a picture · pictures -> facts in, pixels and marks out
+phrases, questions, dialogues  -> what is asked, what is right, and where to look for it
+labels, views, samples         -> training batches · sight, guide -> what is taught beside the answers
+tokenizer, model, qwen2_vl, mllama -> the two models and their files, in the published layout of their families
+cases, photographs             -> held-out conversations · evaluate -> exact answers through transformers' own generate
 """

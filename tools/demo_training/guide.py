@@ -1,9 +1,9 @@
 """Teaching the text model where to look: a word that names things attends to the image tokens that show them.
 
-Left alone, the model finds things by place within minutes, and by shape or colour not within an hour. So one head of
-three layers is held to look: in the first from a word (" red", " star") at all that it is true of, in the second from
-the last token of a name in a question ("large red star") at what the whole name fits, in the third, before each token
-of an answer that speaks of something, at that thing. The loss of the answers does the rest.
+Left alone, the model finds things by place within minutes, and by shape or colour not within an hour. So the first head
+of three layers is held to look: in the first layer from a word (" red", " star") at all that it is true of, in the
+second from the last token of a name in a question ("large red star") at what the whole name fits, in the third, before
+each token of an answer that speaks of something, at that thing. The loss of the answers does the rest.
 """
 
 from dataclasses import dataclass
@@ -19,7 +19,6 @@ from .samples import Batch
 from .scenes import COLOURS, PLACES, SHAPES, SIZES
 
 WORD_LAYER, NAME_LAYER, NEXT_LAYER = 0, 1, 2
-HEAD = 0
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,6 @@
 import io
 import math
 import random
-from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -186,14 +185,3 @@ def training_picture(kind: str, width: int, height: int, rng: random.Random) -> 
         drawn_height = min(MAX_SIDE, max(MIN_SIDE, round(height * zoom * rng.uniform(0.95, 1.05))))
     facts = draw_facts(kind, drawn_width, drawn_height, rng)
     return resized(make_picture(facts, drawn_width, drawn_height, rng), width, height)
-
-
-def sheet(images: Sequence[Image.Image], columns: int, cell: int = 180) -> Image.Image:
-    """The images side by side, for a person to look at."""
-    rows = -(-len(images) // columns)
-    page = Image.new("RGB", (columns * cell, rows * cell), (90, 90, 90))
-    for idx, image in enumerate(images):
-        small = image.copy()
-        small.thumbnail((cell - 6, cell - 6))
-        page.paste(small, (idx % columns * cell + 3, idx // columns * cell + 3))
-    return page

@@ -99,10 +99,6 @@ def _fitting(facts: Facts, name: str) -> tuple[int, ...]:
     return ()
 
 
-def _named(facts: Facts, name: str) -> Seen:
-    return Seen(name, _fitting(facts, name))
-
-
 def _random_thing(rng: random.Random) -> Thing:
     return Thing(rng.choice(SIZES), rng.choice(tuple(COLOURS)), rng.choice(SHAPES), 0)
 
