@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from published import CLIP_MEAN, CLIP_STD, LLAMA_TEMPLATE, QWEN_TEMPLATE, QWEN_TOKENS
+from published import LLAMA_TEMPLATE, QWEN_TEMPLATE, QWEN_TOKENS, mllama_preprocessor, qwen2_vl_preprocessor
 from published import LLAMA_TOKENS as LLAMA_TEXT_TOKENS
 
 Names = Literal["published", "memory"]
@@ -120,21 +120,7 @@ def tiny_mllama(
         chat_template=LLAMA_TEMPLATE,
         model_input_names=["input_ids", "attention_mask"],
     )
-    processor = {
-        "do_convert_rgb": True,
-        "do_normalize": True,
-        "do_pad": True,
-        "do_rescale": True,
-        "do_resize": True,
-        "image_mean": CLIP_MEAN,
-        "image_processor_type": "MllamaImageProcessor",
-        "image_std": CLIP_STD,
-        "max_image_tiles": 4,
-        "resample": 2,
-        "rescale_factor": 1 / 255,
-        "size": {"height": image_size, "width": image_size},
-    }
-    _write(folder / "preprocessor_config.json", processor)
+    _write(folder / "preprocessor_config.json", mllama_preprocessor(image_size))
     stops = [token_id("<|end_of_text|>"), token_id("<|eom_id|>"), token_id("<|eot_id|>")]
     _write_generation_config(folder, token_id("<|begin_of_text|>"), stops, token_id("<|finetune_right_pad_id|>"))
     text_config = {
@@ -211,17 +197,7 @@ def _save_qwen_files(folder: Path, max_pixels: int) -> dict[str, int]:
         errors="replace",
         chat_template=QWEN_TEMPLATE,
     )
-    processor = {
-        "min_pixels": 56 * 56,
-        "max_pixels": max_pixels,
-        "patch_size": 14,
-        "temporal_patch_size": 2,
-        "merge_size": 2,
-        "image_mean": CLIP_MEAN,
-        "image_std": CLIP_STD,
-        "image_processor_type": "Qwen2VLImageProcessor",
-        "processor_class": "Qwen2VLProcessor",
-    }
+    processor = qwen2_vl_preprocessor(56 * 56, max_pixels)
     _write(folder / "preprocessor_config.json", processor)
     stops = [token_id("<|im_end|>"), token_id("<|endoftext|>")]
     _write_generation_config(folder, token_id("<|endoftext|>"), stops, token_id("<|endoftext|>"))

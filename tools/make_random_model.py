@@ -21,7 +21,14 @@ from typing import Any
 
 import torch
 from demo_training.tokenizer import SPLIT, corpus
-from published import CLIP_MEAN, CLIP_STD, LLAMA_TEMPLATE, LLAMA_TOKENS, QWEN_TEMPLATE, QWEN_TOKENS
+from published import (
+    LLAMA_TEMPLATE,
+    LLAMA_TOKENS,
+    QWEN_TEMPLATE,
+    QWEN_TOKENS,
+    mllama_preprocessor,
+    qwen2_vl_preprocessor,
+)
 from safetensors.torch import save_file
 from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from tqdm import tqdm
@@ -98,17 +105,7 @@ def qwen2_vl(
             "top_p": 0.001,
             "top_k": 1,
         },
-        preprocessor_config={
-            "min_pixels": 3136,
-            "max_pixels": 12845056,
-            "patch_size": 14,
-            "temporal_patch_size": 2,
-            "merge_size": 2,
-            "image_mean": CLIP_MEAN,
-            "image_std": CLIP_STD,
-            "image_processor_type": "Qwen2VLImageProcessor",
-            "processor_class": "Qwen2VLProcessor",
-        },
+        preprocessor_config=qwen2_vl_preprocessor(3136, 12845056),
         tokenizer_config={
             "add_prefix_space": False,
             "bos_token": None,
@@ -184,20 +181,7 @@ def llama_vision(text: dict[str, Any], vision: dict[str, Any], *, vocab_size: in
             "temperature": 0.6,
             "top_p": 0.9,
         },
-        preprocessor_config={
-            "do_convert_rgb": True,
-            "do_normalize": True,
-            "do_pad": True,
-            "do_rescale": True,
-            "do_resize": True,
-            "image_mean": CLIP_MEAN,
-            "image_std": CLIP_STD,
-            "image_processor_type": "MllamaImageProcessor",
-            "max_image_tiles": 4,
-            "resample": 2,
-            "rescale_factor": 1 / 255,
-            "size": {"height": config["vision_config"]["image_size"], "width": config["vision_config"]["image_size"]},
-        },
+        preprocessor_config=mllama_preprocessor(config["vision_config"]["image_size"]),
         tokenizer_config={
             "bos_token": "<|begin_of_text|>",
             "chat_template": LLAMA_TEMPLATE,

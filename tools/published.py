@@ -1,7 +1,9 @@
 """What published checkpoints share, for all that writes some of its own: control tokens in their order, chat templates,
-pixel statistics. Used by the tools, and by tests/tiny_models.py; knows nothing of lightvl."""
+pixel statistics, preprocessor_config.json. Used by the tools, and by tests/tiny_models.py; knows nothing of lightvl."""
 
 from __future__ import annotations
+
+from typing import Any
 
 CLIP_MEAN = [0.48145466, 0.4578275, 0.40821073]
 CLIP_STD = [0.26862954, 0.26130258, 0.27577711]
@@ -36,3 +38,36 @@ LLAMA_TEMPLATE = (
     "{% endfor %}{% endif %}<|eot_id|>{% endfor %}"
     "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
 )
+
+
+def qwen2_vl_preprocessor(min_pixels: int, max_pixels: int, *, patch: int = 14, merge: int = 2) -> dict[str, Any]:
+    """Of Qwen2-VL and Qwen2.5-VL: pixels of a whole image, patches in pixels, tokens in patches."""
+    return {
+        "min_pixels": min_pixels,
+        "max_pixels": max_pixels,
+        "patch_size": patch,
+        "temporal_patch_size": 2,
+        "merge_size": merge,
+        "image_mean": CLIP_MEAN,
+        "image_std": CLIP_STD,
+        "image_processor_type": "Qwen2VLImageProcessor",
+        "processor_class": "Qwen2VLProcessor",
+    }
+
+
+def mllama_preprocessor(tile: int, max_tiles: int = 4) -> dict[str, Any]:
+    """`tile`: its side in pixels."""
+    return {
+        "do_convert_rgb": True,
+        "do_normalize": True,
+        "do_pad": True,
+        "do_rescale": True,
+        "do_resize": True,
+        "image_mean": CLIP_MEAN,
+        "image_processor_type": "MllamaImageProcessor",
+        "image_std": CLIP_STD,
+        "max_image_tiles": max_tiles,
+        "resample": 2,
+        "rescale_factor": 1 / 255,
+        "size": {"height": tile, "width": tile},
+    }

@@ -4,20 +4,18 @@ One tile, all of it always computed: an image is fitted into TILE x TILE pixels 
 first) to the rows of its span. Rows before the first image get nothing from a cross layer, as in Meta's reference.
 """
 
-import json
 from pathlib import Path
 
 import numpy as np
 import torch
 from PIL import Image
-from published import CLIP_MEAN, CLIP_STD
-from safetensors.torch import save_file
+from published import CLIP_MEAN, CLIP_STD, mllama_preprocessor
 from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import MllamaConfig, MllamaForConditionalGeneration
 
 from .labels import IGNORED
-from .model import attend, attention_mask, half, initialize, rotate
+from .model import attend, attention_mask, half, initialize, rotate, write_checkpoint
 from .pictures import Picture, resized
 from .qwen2_vl import CONTEXT_LEN
 from .samples import Batch, Writer
@@ -210,9 +208,7 @@ class Mllama:
         for name, tensor in self.model.state_dict().items():
             name = name.replace("model.language_model.", "language_model.model.")
             name = name.replace("lm_head.", "language_model.lm_head.").removeprefix("model.")
-            weights[name] = tensor.detach().to(torch.bfloat16).contiguous()
-        partial = folder / "model.safetensors.partial"
-        save_file(weights, partial, metadata={"format": "pt"})
+            weights[name] = tensor
         save_llama_tokenizer(self.tokenizer, folder)
         config = config_dict(self.tokenizer)
         text = config["text_config"]
@@ -224,22 +220,6 @@ class Mllama:
                 "pad_token_id": text["pad_token_id"],
                 "do_sample": False,
             },
-            "preprocessor_config.json": {
-                "do_convert_rgb": True,
-                "do_normalize": True,
-                "do_pad": True,
-                "do_rescale": True,
-                "do_resize": True,
-                "image_mean": CLIP_MEAN,
-                "image_processor_type": "MllamaImageProcessor",
-                "image_std": CLIP_STD,
-                "max_image_tiles": 1,
-                "resample": 2,
-                "rescale_factor": 1 / 255,
-                "size": {"height": TILE, "width": TILE},
-            },
+            "preprocessor_config.json": mllama_preprocessor(TILE, max_tiles=1),
         }
-        for name, content in files.items():
-            (folder / name).write_text(json.dumps(content, indent=2) + "\n")
-        partial.chmod(0o644)
-        partial.rename(folder / "model.safetensors")
+        write_checkpoint(folder, weights, files)

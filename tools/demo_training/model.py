@@ -5,11 +5,13 @@ images of one grid are one dense tensor, and the branches of a sequence see only
 them against transformers' own.
 """
 
+import json
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save_file
 from torch import Tensor
 from transformers.models.qwen2_vl.modeling_qwen2_vl import rotate_half
 
@@ -77,3 +79,15 @@ def answer_loss(net: Architecture, batch: Batch, views: list[Tensor], looks: dic
     weights = torch.from_numpy(batch.answer_weights)
     losses = F.cross_entropy(net.model.lm_head(hidden).float(), torch.from_numpy(batch.answer_ids), reduction="none")
     return (losses * weights).sum() / weights.sum()
+
+
+def write_checkpoint(folder: Path, weights: dict[str, Tensor], files: dict[str, dict[str, Any]]) -> None:
+    """Weights in bf16 under these names, and JSON files. The weights are renamed into place last, so that a folder with
+    weights is whole."""
+    packed = {name: tensor.detach().to(torch.bfloat16).contiguous() for name, tensor in weights.items()}
+    partial = folder / "model.safetensors.partial"
+    save_file(packed, partial, metadata={"format": "pt"})
+    for name, content in files.items():
+        (folder / name).write_text(json.dumps(content, indent=2) + "\n")
+    partial.chmod(0o644)
+    partial.rename(folder / "model.safetensors")

@@ -1,17 +1,15 @@
 """The Qwen2-VL model: its files as published, and a lean forward over transformers' own modules."""
 
-import json
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from published import CLIP_MEAN, CLIP_STD
-from safetensors.torch import save_file
+from published import CLIP_MEAN, CLIP_STD, qwen2_vl_preprocessor
 from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
-from .model import attend, attention_mask, half, initialize, rotate
+from .model import attend, attention_mask, half, initialize, rotate, write_checkpoint
 from .pictures import MAX_PIXELS, MIN_PIXELS
 from .samples import Batch, Writer
 from .tokenizer import save_tokenizer
@@ -155,9 +153,7 @@ class Qwen2VL:
         for name, tensor in self.model.state_dict().items():
             if name != "lm_head.weight":  # tied to the embedding
                 name = name.replace("model.language_model.", "model.").replace("model.visual.", "visual.")
-                weights[name] = tensor.detach().to(torch.bfloat16).contiguous()
-        partial = folder / "model.safetensors.partial"
-        save_file(weights, partial, metadata={"format": "pt"})
+                weights[name] = tensor
         save_tokenizer(self.tokenizer, folder)
         eos = [self.tokenizer.token_to_id(token) for token in ("<|im_end|>", "<|endoftext|>")]
         files = {
@@ -168,22 +164,9 @@ class Qwen2VL:
                 "pad_token_id": eos[1],
                 "do_sample": False,
             },
-            "preprocessor_config.json": {
-                "min_pixels": MIN_PIXELS,
-                "max_pixels": MAX_PIXELS,
-                "patch_size": PATCH,
-                "temporal_patch_size": 2,
-                "merge_size": MERGE,
-                "image_mean": CLIP_MEAN,
-                "image_std": CLIP_STD,
-                "image_processor_type": "Qwen2VLImageProcessor",
-                "processor_class": "Qwen2VLProcessor",
-            },
+            "preprocessor_config.json": qwen2_vl_preprocessor(MIN_PIXELS, MAX_PIXELS, patch=PATCH, merge=MERGE),
         }
-        for name, content in files.items():
-            (folder / name).write_text(json.dumps(content, indent=2) + "\n")
-        partial.chmod(0o644)
-        partial.rename(folder / "model.safetensors")
+        write_checkpoint(folder, weights, files)
 
 
 def _vision_rope(inv_freq: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
