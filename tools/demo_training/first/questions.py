@@ -12,8 +12,6 @@ from collections.abc import Callable, Mapping, Sequence
 from .scenes import COLOURS, PLACES, SHAPES, SIZES, Scene, Thing
 
 GREETING = "Hello! I can describe drawn shapes: send me an image and ask what is in it."
-ABILITY = "I can describe drawn shapes: what they are, where they are, their colours and how many there are."
-NO_IMAGE = "Please send me an image of drawn shapes."
 
 DESCRIBE = (
     "What is in this image?",
@@ -49,17 +47,6 @@ GREETINGS = (
     "Say hello.",
     "Say hi.",
     "How are you?",
-)
-ABILITIES = (
-    "What can you do?",
-    "Who are you?",
-    "What are you?",
-    "How can you help me?",
-    "Help",
-    "What is this model?",
-    "What do you know?",
-    "Tell me about yourself.",
-    "Introduce yourself.",
 )
 
 
@@ -238,15 +225,3 @@ def ask_pair(first: Scene, second: Scene, rng: random.Random) -> tuple[str, str]
         return rng.choice(BOTH_IMAGES), f"First: {describe_scene(first)} Second: {describe_scene(second)}"
     name, scene = rng.choice((("first", first), ("second", second)))
     return f"How many shapes are in the {name} image?", _counted(scene, "shape")
-
-
-def talk(rng: random.Random) -> tuple[str, str]:
-    """A message without an image, and its right answer."""
-    which = rng.random()
-    if which < 0.4:
-        return careless(rng.choice(GREETINGS), rng), GREETING
-    if which < 0.7:
-        return careless(rng.choice(ABILITIES), rng), ABILITY
-    return careless(
-        rng.choice((*DESCRIBE, "What colour is the star?", "How many shapes are there?", "Where is the circle?")), rng
-    ), NO_IMAGE

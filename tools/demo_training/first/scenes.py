@@ -4,7 +4,6 @@ A scene is a pure function of its random generator. One layout in ten (by a chec
 `draw_scene` never returns one for training and nothing else for evaluation, so that no evaluated layout was trained on.
 """
 
-import io
 import math
 import random
 import zlib
@@ -145,10 +144,3 @@ _OUTLINES: dict[str, Sequence[tuple[float, float]]] = {
     "diamond": [(0, -1), (0.72, 0), (0, 1), (-0.72, 0)],
     "star": _star(),
 }
-
-
-def through_jpeg(image: Image.Image, quality: int) -> Image.Image:
-    """The same picture after lossy compression."""
-    packed = io.BytesIO()
-    image.save(packed, "JPEG", quality=quality)
-    return Image.open(packed).convert("RGB")
