@@ -113,10 +113,7 @@ def layer_norm(size: int, eps: float, *, dtype: torch.dtype, device: torch.devic
 
 
 def _quick_gelu(x: torch.Tensor) -> torch.Tensor:
-    """May overwrite x."""
-    is_dense = x.device.type == "cpu" and x.dtype == torch.bfloat16 and x.is_contiguous()
-    kernels = cpu_kernels() if is_dense else None
-    return (x * 1.702).sigmoid_().mul_(x) if kernels is None else kernels.quick_gelu_(x)
+    return (x * 1.702).sigmoid_().mul_(x)
 
 
 ACTIVATIONS: dict[Activation, Callable[[torch.Tensor], torch.Tensor]] = {
@@ -147,6 +144,9 @@ class MLP(nn.Module):
         self.down = Linear(inner_size, {down: out_size}, bias=True, dtype=dtype, device=device)
         self._act = ACTIVATIONS[activation]
         self._is_gated = len(ups) == 2
+        kernels = cpu_kernels() if device.type == "cpu" and dtype == torch.bfloat16 else None
+        if kernels is not None and activation == "quick_gelu" and not self._is_gated:
+            self._act = kernels.quick_gelu_  # of what `up` has just made, all of it
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         inner = self.up(x)
