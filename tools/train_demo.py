@@ -1,52 +1,60 @@
-"""Makes the embedded model: draws scenes, asks about them, trains a small Qwen2-VL from nothing, writes its folder.
+"""Makes the embedded model: draws scenes, asks about them, trains a small model from nothing, writes its folder.
 
-    python tools/train_demo.py --minutes 80     # as long as given; the learning rate follows the clock
+    python tools/train_demo.py --minutes 140                                       # on a CPU
+    python tools/train_demo.py --minutes 9 --device cuda --workers 7 --sight-rows 256 --rows 96 --more-views 0
     python tools/train_demo.py --steps 5000     # the same weights again from the same seed, on the same machine
 
-A run goes on from the checkpoint in `--work` where there is one; SIGTERM ends it with one, and a run may be stopped and
-continued. On a shared machine: one thread, `nice`, and MALLOC_MMAP_THRESHOLD_=4000000000
-MALLOC_TRIM_THRESHOLD_=8000000000 (freed memory is kept: one tenth faster).
+First the tower alone learns to name what its tokens show, then everything learns to answer. The learning rate follows
+the clock. A run goes on from the checkpoint in `--work` where there is one; SIGTERM or the end of a `--stint` ends it
+with one, and a run may be stopped and continued. On a shared machine: one thread, `nice`, and
+MALLOC_MMAP_THRESHOLD_=4000000000 MALLOC_TRIM_THRESHOLD_=8000000000 (freed memory is kept: one tenth faster).
 """
 
 import argparse
 import csv
+import functools
 import math
+import os
 import signal
 import time
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from demo_training.evaluate import evaluate, table
 from demo_training.guide import Guide, look_loss
+from demo_training.lessons import Lesson, Teacher, in_order
 from demo_training.mllama import Mllama
 from demo_training.model import Architecture, answer_loss
 from demo_training.qwen2_vl import Qwen2VL
-from demo_training.samples import make_batch
-from demo_training.sight import learn_to_see, make_head, make_views, name_loss
+from demo_training.sight import make_head, name_loss, name_shares
 from demo_training.tokenizer import LLAMA_CONTROL, QWEN_TOKENS, train_tokenizer
 from tokenizers import Tokenizer
+from torch import Tensor
 from tqdm import tqdm
 
 PACKAGE_FOLDER = Path(__file__).parents[1] / "lightvl" / "demo"
 EVALUATED = "qwen2-vl"  # beside training; mllama through the server alone, transformers masks it otherwise
 ARCHITECTURES = {"qwen2-vl": (Qwen2VL, QWEN_TOKENS), "mllama": (Mllama, LLAMA_CONTROL)}
-WARMUP_STEPS = 100
+WARMUP_STEPS = 100  # of sight, and again of answers
+OTHER_WEIGHT = 0.5  # in the loss, of the second batch of a step beside the first
 
 
 @dataclass
 class Clock:
-    """How far the run is: by steps, or by computing time (evaluation and checkpoints included, pauses not)."""
+    """How far the run is: by steps, or by time (evaluation and checkpoints included, pauses between runs not)."""
 
     steps: int | None
     minutes: float | None
+    now: Callable[[], float]
     step: int = 0
     seconds_before: float = 0.0  # of earlier runs that this one resumes
     started: float = 0.0
 
     @property
     def seconds(self) -> float:
-        return self.seconds_before + time.thread_time() - self.started
+        return self.seconds_before + self.now() - self.started
 
     @property
     def progress(self) -> float:
@@ -54,22 +62,23 @@ class Clock:
         return max(by_time, self.step / self.steps if self.steps else 0.0)
 
 
-def learning_rate(peak: float, clock: Clock) -> float:
-    """Linear warm-up, then a cosine down to one hundredth of the peak."""
-    cosine = 0.5 * (1 + math.cos(math.pi * min(clock.progress, 1.0)))
-    return peak * min(1.0, (clock.step + 1) / WARMUP_STEPS) * (0.01 + 0.99 * cosine)
+def cosine_rate(peak: float, last: float, steps_done: int, progress: float) -> float:
+    """Linear warm-up, then a cosine down to the share `last` of the peak."""
+    cosine = 0.5 * (1 + math.cos(math.pi * min(max(progress, 0.0), 1.0)))
+    return peak * min(1.0, (steps_done + 1) / WARMUP_STEPS) * (last + (1 - last) * cosine)
 
 
-def make_optimizer(model: torch.nn.Module, peak: float) -> torch.optim.AdamW:
+def make_optimizer(model: torch.nn.Module) -> torch.optim.AdamW:
     """AdamW, with decay for matrices only."""
     matrices = [weight for weight in model.parameters() if weight.ndim > 1]
     vectors = [weight for weight in model.parameters() if weight.ndim <= 1]
     groups = [{"params": matrices, "weight_decay": 0.05}, {"params": vectors, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=peak, betas=(0.9, 0.98), fused=True)
+    return torch.optim.AdamW(groups, betas=(0.9, 0.98), fused=True)
 
 
 def train(args: argparse.Namespace) -> None:
     torch.set_num_threads(args.threads)
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # each worker is one thread
     args.work.mkdir(parents=True, exist_ok=True)
     tokenizer_path = args.work / "tokenizer.json"
     build, control_tokens = ARCHITECTURES[args.arch]
@@ -78,40 +87,33 @@ def train(args: argparse.Namespace) -> None:
     net: Architecture = build(tokenizer, args.seed)
     net.model.train()
     torch.manual_seed(args.seed + 1)
-    head = make_head(net.feature_size)
-    learn_to_see(
-        net,
-        head,
-        args.work / "sight.pt",
-        seed=args.seed,
-        num_steps=args.sight_steps,
-        num_images=args.sight_rows,
-        peak=args.sight_lr,
-        autocast=not args.float32,
-    )
-    run = Run(args, net, head, Guide(tokenizer))
+    run = Run(args, net, make_head(net.feature_size), Teacher(net.writer(), Guide(tokenizer), args.seed))
     run.restore()
     before = signal.signal(signal.SIGTERM, run.stop)
     run.go()
     signal.signal(signal.SIGTERM, before)
-    if run.is_told_to_stop:
+    print(f"{run.clock.step} steps, {run.clock.seconds / 60:.1f} minutes, loss {run.mean_loss:.4f}", flush=True)
+    if run.clock.progress < 1:
         return
     out = args.out or PACKAGE_FOLDER / args.arch.replace("-", "_")
     net.export(out)
-    print(f"{run.clock.step} steps, {run.clock.seconds / 60:.1f} minutes, loss {run.mean_loss:.4f}")
-    if args.arch == EVALUATED:
+    if args.arch == EVALUATED and args.final_cases:
         print(table(evaluate(out, range(args.final_cases), 600)), flush=True)
     plot(args.work / "loss.csv")
 
 
 class Run:
-    """Training on answers: everything that a checkpoint keeps, and one step after the other."""
+    """Training: everything that a checkpoint keeps, and one step after the other."""
 
-    def __init__(self, args: argparse.Namespace, net: Architecture, head: torch.nn.Module, guide: Guide) -> None:
-        self.args, self.net, self.model, self.head = args, net, net.model, head
-        self.writer, self.guide = net.writer(), guide
-        self.optimizer = make_optimizer(torch.nn.ModuleList([net.model, head]), args.lr)
-        self.clock = Clock(args.steps, args.minutes)
+    def __init__(self, args: argparse.Namespace, net: Architecture, head: torch.nn.Module, teacher: Teacher) -> None:
+        self.args, self.net, self.model, self.head, self.teacher = args, net, net.model, head, teacher
+        self.device = torch.device(args.device)
+        learner = torch.nn.ModuleList([net.model, head]).to(self.device)
+        self.weights = list(learner.parameters())
+        self.optimizer = make_optimizer(learner)
+        # a machine with an accelerator is lent by the minute; on a shared CPU only the time that was given counts
+        self.clock = Clock(args.steps, args.minutes, time.thread_time if args.device == "cpu" else time.monotonic)
+        self.answers_from: int | None = None  # the step at which sight was done
         self.mean_loss = 0.0
         self.checkpoint = args.work / "checkpoint.pt"
         self.is_told_to_stop = False
@@ -119,80 +121,121 @@ class Run:
     def restore(self) -> None:
         """Goes on from the checkpoint where there is one."""
         if self.checkpoint.exists():
-            state = torch.load(self.checkpoint, weights_only=True)
+            state = torch.load(self.checkpoint, weights_only=True, map_location=self.device)
             self.model.load_state_dict(state["model"])
             self.head.load_state_dict(state["head"])
             self.optimizer.load_state_dict(state["optimizer"])
             self.clock.step, self.clock.seconds_before = state["step"], state["seconds"]
+            self.answers_from, self.mean_loss = state["answers_from"], state["mean_loss"]
 
     def stop(self, *_: object) -> None:
         """Ends the run after the present step, with a checkpoint to go on from."""
         self.is_told_to_stop = True
 
     def save(self) -> None:
+        """Writes the checkpoint, with the optimizer's moments in bf16: two thirds of the size."""
+        optimizer = self.optimizer.state_dict()
+        for moments in optimizer["state"].values():
+            for name in ("exp_avg", "exp_avg_sq"):
+                moments[name] = moments[name].to(torch.bfloat16)
+        self.optimizer.load_state_dict(optimizer)  # so that a run that goes on and one that resumes stay the same
         state = {
             "model": self.model.state_dict(),
             "head": self.head.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "optimizer": optimizer,
             "step": self.clock.step,
             "seconds": self.clock.seconds,
+            "answers_from": self.answers_from,
+            "mean_loss": self.mean_loss,
         }
         torch.save(state, self.checkpoint.with_suffix(".partial"))
         self.checkpoint.with_suffix(".partial").rename(self.checkpoint)
 
-    def step(self) -> dict[str, float]:
-        """One batch forth and back; returns what the log tells."""
+    def learning_rate(self) -> float:
+        args, clock = self.args, self.clock
+        if self.answers_from is None:
+            return cosine_rate(args.sight_lr, 0.2, clock.step, clock.progress / args.sight_share)
+        progress = (clock.progress - args.sight_share) / (1 - args.sight_share)
+        return cosine_rate(args.lr, 0.01, clock.step - self.answers_from, progress)
+
+    def lessons(self) -> Iterator[Lesson]:
+        """The lessons of the present phase, from this step on."""
         args = self.args
-        lr = learning_rate(args.lr, self.clock)
+        if self.answers_from is None:
+            make = functools.partial(self.teacher.sight, args.sight_rows)
+        else:
+            make = functools.partial(self.teacher.answers, args.rows, args.more_views, self.answers_from)
+        return in_order(make, self.clock.step, args.workers, pin_memory=args.device != "cpu")
+
+    def loss(self, lesson: Lesson, told: dict[str, Tensor] | None) -> Tensor:
+        """What is to become small; fills `told` with its parts and the shares of what is right."""
+        args = self.args
+        groups = [group for batch in lesson.batches for group in batch.images] + lesson.views
+        views = [self.net.encode(group) for group in groups]
+        named = [name_loss(self.head, view, group) for view, group in zip(views, groups, strict=True)]
+        naming = sum(loss for loss, _ in named) / len(named)
+        total = args.sight_weight * naming
+        if told is not None:
+            told |= name_shares(named[-1][1].detach(), groups[-1])
+            told["naming"] = naming.detach()
+        for idx, (batch, targets) in enumerate(zip(lesson.batches, lesson.targets, strict=True)):
+            looks: dict[int, Tensor] = {}
+            answers = answer_loss(self.net, batch, views[: len(batch.images)], looks)
+            views = views[len(batch.images) :]
+            guided, shares = look_loss(targets, looks)
+            total = total + (OTHER_WEIGHT if idx else 1.0) * (answers + args.look_weight * guided)
+            if told is not None:
+                told |= {f"look{layer}": share for layer, share in shares.items()} if idx == 0 else {}
+                told["others" if idx else "answers"] = answers.detach()
+        return total
+
+    def step(self, lesson: Lesson, is_told: bool) -> dict[str, float]:
+        """One lesson forth and back; returns what the log tells. Else nothing here waits for the device."""
+        lr = self.learning_rate()
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        batch = make_batch(self.writer, args.seed, self.clock.step, args.rows)
-        # the tower goes on seeing more pictures than are asked about: they are cheap without text
-        more = make_views(self.writer, args.seed + 1, self.clock.step, args.more_views) if args.more_views else None
-        with torch.autocast("cpu", torch.bfloat16, enabled=not args.float32):
-            views = [self.net.encode(group) for group in batch.images]
-            looks: dict[int, torch.Tensor] = {}
-            loss = answer_loss(self.net, batch, views, looks)
-            guided, shares = look_loss(self.guide.targets(batch), looks)
-            named = [
-                name_loss(self.head, view, group.labels)[0] for view, group in zip(views, batch.images, strict=True)
-            ]
-            if more is not None:
-                named.append(2 * name_loss(self.head, self.net.encode(more), more.labels)[0])
-        naming = sum(named) / max(len(named), 1)
-        (loss + args.sight_weight * naming + args.look_weight * guided).backward()
-        norm = float(torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0))
-        if math.isfinite(norm):
-            self.optimizer.step()
+        told: dict[str, Tensor] | None = {} if is_told else None
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=not self.args.float32):
+            loss = self.loss(lesson.to(self.device), told)
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(self.weights, 1.0)
+        # the optimizer skips the step where a gradient is not finite, as GradScaler tells it to
+        self.optimizer.found_inf = (~norm.isfinite()).float()  # type: ignore[attr-defined]
+        self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.clock.step += 1
-        value = float(loss.detach())
-        self.mean_loss = value if not self.mean_loss else 0.98 * self.mean_loss + 0.02 * value
-        return {"loss": value, "lr": lr, "norm": norm, **{f"look{layer}": share for layer, share in shares.items()}}
+        return {"lr": lr, "norm": float(norm), **{name: float(value) for name, value in told.items()}} if told else {}
 
     def go(self) -> None:
-        """Trains to the end, with a log, checkpoints and now and then some held-out cases."""
+        """Trains to the end, or to that of the stint, with a log, checkpoints and now and then some held-out cases."""
         args, clock = self.args, self.clock
-        clock.started = time.thread_time()
+        clock.started = clock.now()
         saved = evaluated = clock.seconds
+        end = time.monotonic() + 60 * args.stint
+        lessons = self.lessons()
         with (
             (args.work / "loss.csv").open("a", newline="") as log_file,
-            tqdm(initial=clock.step, total=args.steps, mininterval=20) as bar,
+            tqdm(initial=clock.step, total=args.steps, mininterval=5) as bar,
         ):
             log = csv.writer(log_file)
-            while clock.progress < 1 and not self.is_told_to_stop:
-                told = self.step()
-                log.writerow(
-                    [clock.step, f"{clock.seconds:.1f}", *(f"{told[key]:.5f}" for key in ("loss", "lr", "norm"))]
-                )
+            while clock.progress < 1 and not self.is_told_to_stop and time.monotonic() < end:
+                if self.answers_from is None and clock.progress >= args.sight_share:
+                    self.answers_from = clock.step
+                    lessons = self.lessons()
+                told = self.step(next(lessons), clock.step % args.tell_steps == 0)
                 bar.update()
-                looked = {key: f"{value:.2f}" for key, value in told.items() if key.startswith("look")}
-                bar.set_postfix(loss=f"{self.mean_loss:.3f}", **looked, done=f"{clock.progress:.0%}", refresh=False)
+                if told:
+                    value = told.get("answers", told["naming"])
+                    self.mean_loss = value if not self.mean_loss else 0.9 * self.mean_loss + 0.1 * value
+                    columns = [told.get(name, "") for name in ("naming", "answers", "lr", "norm")]
+                    log.writerow([clock.step, f"{clock.seconds:.1f}", *columns])
+                    log_file.flush()
+                    values = " ".join(f"{name} {value:.2g}" for name, value in told.items())
+                    bar.set_postfix_str(f"{clock.progress:.0%} {clock.seconds:.0f}s {values}", refresh=False)
                 if clock.seconds - saved > 60 * args.save_minutes:
                     self.save()
-                    log_file.flush()
                     saved = clock.seconds
-                if args.arch == EVALUATED and clock.seconds - evaluated > 60 * args.eval_minutes:
+                if args.arch == EVALUATED and self.answers_from and clock.seconds - evaluated > 60 * args.eval_minutes:
                     self.net.export(args.work / "export")
                     scores = evaluate(args.work / "export", range(args.eval_cases), 60)
                     bar.write(f"step {clock.step}, loss {self.mean_loss:.3f}\n" + table(scores))
@@ -201,15 +244,18 @@ class Run:
 
 
 def plot(log_path: Path) -> None:
-    """The loss over the steps as loss.png beside the log, where matplotlib is installed."""
+    """The losses over the steps as loss.png beside the log, where matplotlib is installed."""
     try:
         from matplotlib import pyplot
     except ImportError:
         return
     rows = list(csv.reader(log_path.open()))
-    pyplot.semilogy([int(row[0]) for row in rows], [float(row[2]) for row in rows], linewidth=0.5)
+    for column, name in ((2, "names of image tokens"), (3, "tokens of answers")):
+        points = [(int(row[0]), float(row[column])) for row in rows if row[column]]
+        pyplot.semilogy(*zip(*points, strict=True), linewidth=0.5, label=name)
     pyplot.xlabel("step")
-    pyplot.ylabel("loss of answer tokens")
+    pyplot.ylabel("loss")
+    pyplot.legend()
     pyplot.savefig(log_path.with_suffix(".png"))
 
 
@@ -218,19 +264,23 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--arch", choices=tuple(ARCHITECTURES), default="qwen2-vl")
     parser.add_argument("--out", type=Path, help="the checkpoint folder to write; the package's own by default")
     parser.add_argument("--work", type=Path, default=Path("/tmp/demo_run"), help="checkpoints and logs, outside git")
-    parser.add_argument("--minutes", type=float, help="computing time; the schedule follows the clock")
+    parser.add_argument("--minutes", type=float, help="of computing on a CPU, by the clock on a GPU; over all runs")
     parser.add_argument("--steps", type=int, help="training steps; with this alone a run can be repeated exactly")
+    parser.add_argument("--stint", type=float, default=math.inf, help="minutes after which this run stops, to go on later")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--rows", type=int, default=12, help="images of one step")
-    parser.add_argument("--sight-steps", type=int, default=5000, help="steps for the tower alone, before any text")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
+    parser.add_argument("--workers", type=int, default=0, help="processes that draw pictures ahead of time")
+    parser.add_argument("--sight-share", type=float, default=0.35, help="of the run: the tower alone, before any text")
     parser.add_argument("--sight-rows", type=int, default=16, help="images of one such step")
-    parser.add_argument("--sight-lr", type=float, default=2e-3)
-    parser.add_argument("--more-views", type=int, default=40, help="images that are only named, in each step")
+    parser.add_argument("--sight-lr", type=float, default=2e-3, help="peak learning rate of sight")
+    parser.add_argument("--rows", type=int, default=8, help="images of one step with several questions each; later twice")
+    parser.add_argument("--more-views", type=int, default=24, help="images that are only named, in each such step")
     parser.add_argument("--sight-weight", type=float, default=1.0, help="of naming tokens beside the answers' loss")
     parser.add_argument("--look-weight", type=float, default=0.5, help="of looking at what a word names")
-    parser.add_argument("--lr", type=float, default=1e-3, help="peak learning rate")
+    parser.add_argument("--lr", type=float, default=1e-3, help="peak learning rate of answers")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--float32", action="store_true", help="without bf16 autocast (CPUs without bf16)")
+    parser.add_argument("--tell-steps", type=int, default=20, help="steps from one line of the log to the next")
     parser.add_argument("--save-minutes", type=float, default=3)
     parser.add_argument("--eval-minutes", type=float, default=10)
     parser.add_argument("--eval-cases", type=int, default=62)

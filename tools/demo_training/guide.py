@@ -17,12 +17,13 @@ from .labels import FIELD_IDX
 from .questions import plural
 from .samples import Batch
 from .scenes import COLOURS, PLACES, SHAPES, SIZES
+from .views import OnDevice
 
 WORD_LAYER, NAME_LAYER, NEXT_LAYER = 0, 1, 2
 
 
 @dataclass(frozen=True)
-class Target:
+class Target(OnDevice):
     """From where to look, and what may be seen: (looks) row and column, (looks, image tokens of a row) truth."""
 
     rows: Tensor
@@ -51,20 +52,21 @@ class Guide:
         """For each guided layer, what is to be looked at in this batch (layers without a target are left out)."""
         if not batch.images:
             return {}
-        labels = np.concatenate([group.labels for group in batch.images], 1)  # (rows, image tokens, fields)
-        at, column = np.nonzero(self._field[batch.ids] >= 0)
-        ids = batch.ids[at, column]
+        labels = np.concatenate([group.labels.numpy() for group in batch.images], 1)  # (rows, image tokens, fields)
+        at, column = np.nonzero(self._field[batch.ids.numpy()] >= 0)
+        ids = batch.ids.numpy()[at, column]
         found = {WORD_LAYER: (at, column, labels[at, :, self._field[ids]] == self._value[ids][:, None])}
+        shown = [group.shown.numpy() for group in batch.images]
         firsts = np.cumsum([0, *(group.labels.shape[1] for group in batch.images)])
         for layer, is_next in ((NAME_LAYER, False), (NEXT_LAYER, True)):
             looks = [(row, column, look) for row, column, look in batch.looks if look.is_next == is_next]
             seen = np.zeros((len(looks), labels.shape[1]), bool)
             for idx, (row, _, look) in enumerate(looks):
                 first, last = firsts[look.image : look.image + 2]
-                seen[idx, first:last] = np.isin(batch.images[look.image].shown[row], look.marks).any(-1)
+                seen[idx, first:last] = np.isin(shown[look.image][row], look.marks).any(-1)
             at, column = np.array([look[:2] for look in looks], np.int64).reshape(-1, 2).T
             found[layer] = (at, column, seen)
-        targets = {layer: _target(*parts, batch.stands_at) for layer, parts in found.items()}
+        targets = {layer: _target(*parts, batch.stands_at.numpy()) for layer, parts in found.items()}
         return {layer: target for layer, target in targets.items() if len(target.rows)}
 
 
@@ -74,14 +76,14 @@ def _target(rows: np.ndarray, columns: np.ndarray, seen: np.ndarray, stands_at: 
     return Target(torch.from_numpy(rows[kept]), torch.from_numpy(columns[kept]), torch.from_numpy(seen[kept]))
 
 
-def look_loss(targets: dict[int, Target], looks: dict[int, Tensor]) -> tuple[Tensor, dict[int, float]]:
-    """Mean surprise of the guided heads' attention, and the share of it that is right.
+def look_loss(targets: dict[int, Target], looks: dict[int, Tensor]) -> tuple[Tensor, dict[int, Tensor]]:
+    """The sum over guided layers of the mean surprise of their heads' attention, and its share that is right in each.
 
     `looks`: for each guided layer, the attention (rows, length, image tokens of a row) of its head.
     """
-    losses, shares = [torch.zeros(())], {}
+    losses, shares = [], {}
     for layer, target in targets.items():
         right = (looks[layer][target.rows, target.columns].float() * target.seen).sum(-1)
         losses.append(-torch.log(right + 1e-4).mean())
-        shares[layer] = float(right.detach().mean())
-    return torch.stack(losses).sum(), shares
+        shares[layer] = right.detach().mean()
+    return sum(losses), shares

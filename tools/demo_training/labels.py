@@ -26,6 +26,7 @@ FIELD_IDX = {name: idx for idx, name in enumerate(FIELDS)}
 NOTHING = {"colour": len(COLOURS), "glyph": len(GLYPHS), "glyph2": len(GLYPHS), "center": 0}  # the class of no thing
 IGNORED = -100
 MAX_SHOWN = 2  # marks that one token can show
+IMPORTANCE = {"shape": 2.0, "glyph": 2.0, "order": 1.5}  # of the fields in the loss: the hard ones; 1 for all others
 
 
 def token_labels(picture: Picture) -> tuple[np.ndarray, np.ndarray]:
@@ -69,3 +70,21 @@ def token_labels(picture: Picture) -> tuple[np.ndarray, np.ndarray]:
                 labels[within, FIELD_IDX[name]] = value
         labels[*at, FIELD_IDX["center"]] = 1
     return labels.reshape(-1, len(FIELDS)), shown.reshape(-1, MAX_SHOWN)
+
+
+def name_weights(labels: np.ndarray) -> np.ndarray:
+    """What each label of a batch weighs in the loss of naming, float32 of the same shape; the sum is 1.
+
+    Where a field has a class for nothing, tokens of that class weigh as much as all others together: they would
+    outweigh the few letters. A label that is IGNORED weighs nothing.
+    """
+    weights = np.zeros(labels.shape, np.float32)
+    total = 0.0
+    for idx, name in enumerate(FIELDS):
+        field = labels[..., idx]
+        is_none = field == NOTHING.get(name, IGNORED)
+        groups = [group for group in ((field != IGNORED) & ~is_none, is_none & (field != IGNORED)) if group.any()]
+        for group in groups:
+            weights[..., idx][group] = IMPORTANCE.get(name, 1.0) / (len(groups) * group.sum())
+        total += IMPORTANCE.get(name, 1.0) if groups else 0.0
+    return weights / total

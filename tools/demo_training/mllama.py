@@ -9,20 +9,20 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
-from published import CLIP_MEAN, CLIP_STD, mllama_preprocessor
+from published import mllama_preprocessor
 from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import MllamaConfig, MllamaForConditionalGeneration
 
 from .labels import IGNORED
-from .model import attend, attention_mask, half, initialize, rotate, write_checkpoint
+from .model import attend, attention_mask, half, hidden_where, initialize, pixel_scale, rotate, write_checkpoint
 from .pictures import Picture, resized
 from .qwen2_vl import CONTEXT_LEN
 from .samples import Batch, Writer
 from .tokenizer import LLAMA_SYSTEM, save_llama_tokenizer
-from .views import PATCH, ImageGroup, image_group
+from .views import PATCH, ImageGroup, image_group, make_group
 
-TILE = 168
+TILE = 160
 CROSS_LAYERS = (1, 3, 4)  # the guided ones: words, names, what is said next
 NUM_LAYERS = 6
 HIDDEN, VISION_HIDDEN = 192, 96
@@ -105,7 +105,7 @@ class LlamaWriter(Writer):
         group = image_group(tiled)
         side = TILE // PATCH
         # the patches of views.image_group come in merged 2x2 blocks; here they go row by row
-        patches = group.patches.reshape(len(tiled), side // 2, side // 2, 2, 2, -1).transpose(0, 1, 3, 2, 4, 5)
+        patches = group.patches.numpy().reshape(len(tiled), side // 2, side // 2, 2, 2, -1).transpose(0, 1, 3, 2, 4, 5)
 
         def spread(table: np.ndarray, nothing: int) -> np.ndarray:
             blocks = table.reshape(len(tiled), side // 2, side // 2, -1).repeat(2, 1).repeat(2, 2)
@@ -113,7 +113,7 @@ class LlamaWriter(Writer):
             return np.concatenate([np.full_like(flat[:, :1], nothing), flat], 1)  # the class token first
 
         flat = patches.reshape(len(tiled), side * side, -1)
-        return ImageGroup((side, side), flat, spread(group.labels, IGNORED), spread(group.shown, -1))
+        return make_group((side, side), flat, spread(group.labels.numpy(), IGNORED), spread(group.shown.numpy(), -1))
 
 
 class Mllama:
@@ -151,28 +151,28 @@ class Mllama:
         """Images -> (images, 145, hidden)."""
         vision, projector = self.tower
         images = len(group.patches)
-        mean, std = (torch.tensor(values).repeat_interleave(PATCH * PATCH) * 255 for values in (CLIP_MEAN, CLIP_STD))
-        pixels = (torch.from_numpy(group.patches).float() - mean) / std
+        mean, std = pixel_scale(group.patches.device)
+        pixels = (group.patches.float() - mean) / std
         side = TILE // PATCH
         pixels = pixels.view(images, side, side, 3, PATCH, PATCH).permute(0, 3, 1, 4, 2, 5)
         pixels = pixels.reshape(images, 1, 1, 3, TILE, TILE)
-        ones = torch.ones(images, 1, dtype=torch.long)
+        ones = torch.ones(images, 1, dtype=torch.long, device=pixels.device)
         seen = vision(pixels, aspect_ratio_ids=ones, aspect_ratio_mask=ones[..., None]).last_hidden_state
         return projector(seen.flatten(1, 3))
 
     def hidden_states(self, batch: Batch, views: list[Tensor], looks: dict[int, Tensor] | None = None) -> Tensor:
         """As of `Qwen2VL`; the keys of `looks` count the cross layers."""
         text = self.model.model.language_model
-        x = text.embed_tokens(torch.from_numpy(batch.ids))
+        x = text.embed_tokens(batch.ids)
         rows, length, _ = x.shape
-        cos, sin = (half(table).unsqueeze(1) for table in text.rotary_emb(x, torch.from_numpy(batch.positions[0])))
-        mask = attention_mask(torch.from_numpy(batch.branches))
+        cos, sin = (half(table).unsqueeze(1) for table in text.rotary_emb(x, batch.positions[0]))
+        mask = attention_mask(batch.branches)
         if views:
             features = torch.cat(views, 1)
-            seen = torch.from_numpy(batch.stands_at[:, None] <= np.arange(length)[None, :, None])
+            seen = batch.stands_at[:, None] <= torch.arange(length, device=x.device)[:, None]
             any_seen = seen.any(-1, keepdim=True)
             # a row that sees nothing attends to everything, and is then multiplied by zero
-            cross_mask = half(torch.zeros(seen.shape).masked_fill_(~seen & any_seen, float("-inf")).unsqueeze(1))
+            cross_mask = half(hidden_where(~seen & any_seen)).unsqueeze(1)
 
         for layer_idx, layer in enumerate(text.layers):
             attn = layer.cross_attn if layer_idx in CROSS_LAYERS else layer.self_attn

@@ -5,18 +5,20 @@ images of one grid are one dense tensor, and the branches of a sequence see only
 them against transformers' own.
 """
 
+import functools
 import json
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
+from published import CLIP_MEAN, CLIP_STD
 from safetensors.torch import save_file
 from torch import Tensor
 from transformers.models.qwen2_vl.modeling_qwen2_vl import rotate_half
 
 from .samples import Batch, Writer
-from .views import ImageGroup
+from .views import PATCH, ImageGroup
 
 
 class Architecture(Protocol):
@@ -62,29 +64,40 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None
 
 
 def half(table: Tensor) -> Tensor:
-    return table.to(torch.bfloat16) if torch.is_autocast_enabled("cpu") else table
+    return table.to(torch.bfloat16) if torch.is_autocast_enabled(table.device.type) else table
 
 
 def attention_mask(branches: Tensor) -> Tensor:
     """(rows, 1, length, length), added to scores: a token sees what precedes it in the prefix and in its branch."""
     same = (branches[:, :, None] == branches[:, None, :]) | (branches[:, None, :] == 0)
-    seen = same & torch.ones(same.shape[-2:], dtype=torch.bool).tril()
-    mask = torch.zeros(seen.shape).masked_fill_(~seen, float("-inf")).unsqueeze(1)
-    return half(mask)
+    seen = same & torch.ones(same.shape[-2:], dtype=torch.bool, device=same.device).tril()
+    return half(hidden_where(~seen)).unsqueeze(1)
+
+
+def hidden_where(is_hidden: Tensor) -> Tensor:
+    """Added to scores: nothing, or minus infinity."""
+    return torch.zeros(is_hidden.shape, device=is_hidden.device).masked_fill_(is_hidden, float("-inf"))
+
+
+@functools.cache
+def pixel_scale(device: torch.device) -> tuple[Tensor, Tensor]:
+    """Mean and deviation of the channels of a flat patch, in units of a byte."""
+    scales = (torch.tensor(values, device=device) for values in (CLIP_MEAN, CLIP_STD))
+    mean, std = (scale.repeat_interleave(PATCH * PATCH) * 255 for scale in scales)
+    return mean, std
 
 
 def answer_loss(net: Architecture, batch: Batch, views: list[Tensor], looks: dict[int, Tensor] | None = None) -> Tensor:
     """Mean cross entropy over the tokens of answers (with the one that ends each); fills `looks`."""
-    hidden = net.hidden_states(batch, views, looks).flatten(0, 1)[torch.from_numpy(batch.answer_slots)]
-    weights = torch.from_numpy(batch.answer_weights)
-    losses = F.cross_entropy(net.model.lm_head(hidden).float(), torch.from_numpy(batch.answer_ids), reduction="none")
-    return (losses * weights).sum() / weights.sum()
+    hidden = net.hidden_states(batch, views, looks).flatten(0, 1)[batch.answer_slots]
+    losses = F.cross_entropy(net.model.lm_head(hidden).float(), batch.answer_ids, reduction="none")
+    return (losses * batch.answer_weights).sum() / batch.answer_weights.sum()
 
 
 def write_checkpoint(folder: Path, weights: dict[str, Tensor], files: dict[str, dict[str, Any]]) -> None:
     """Weights in bf16 under these names, and JSON files. The weights are renamed into place last, so that a folder with
     weights is whole."""
-    packed = {name: tensor.detach().to(torch.bfloat16).contiguous() for name, tensor in weights.items()}
+    packed = {name: tensor.detach().to("cpu", torch.bfloat16).contiguous() for name, tensor in weights.items()}
     partial = folder / "model.safetensors.partial"
     save_file(packed, partial, metadata={"format": "pt"})
     for name, content in files.items():

@@ -19,8 +19,8 @@ from .scenes import COLOURS, SHAPES, SIZES, Scene
 
 KINDS = ("scene", "print", "chart", "other")
 Facts = Scene | Print | Chart | None  # None: an image of no kind that the model knows
-UNIT = 28  # one image token is UNIT x UNIT pixels
-MIN_PIXELS, MAX_PIXELS = 148 * 148, 168 * 168  # every image is brought to about this area before it is seen
+UNIT = 16  # one image token is UNIT x UNIT pixels
+MIN_PIXELS, MAX_PIXELS = 144 * 144, 160 * 160  # every image is brought to about this area before it is seen
 MIN_SIDE, MAX_SIDE = 56, 448
 SHARES = (50, 28, 12, 10)  # percent of training pictures of each of KINDS
 PROPER_SHARE = 0.4  # of them are drawn at another size than the model sees, and resized

@@ -4,12 +4,12 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from published import CLIP_MEAN, CLIP_STD, qwen2_vl_preprocessor
+from published import qwen2_vl_preprocessor
 from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
-from .model import attend, attention_mask, half, initialize, rotate, write_checkpoint
+from .model import attend, attention_mask, half, initialize, pixel_scale, rotate, write_checkpoint
 from .pictures import MAX_PIXELS, MIN_PIXELS
 from .samples import Batch, Writer
 from .tokenizer import save_tokenizer
@@ -100,9 +100,8 @@ class Qwen2VL:
     def encode(self, group: ImageGroup) -> Tensor:
         """Images of one grid -> (images, tokens of one, hidden)."""
         tower = self.tower
-        mean = torch.tensor(CLIP_MEAN).repeat_interleave(PATCH * PATCH) * 255
-        std = torch.tensor(CLIP_STD).repeat_interleave(PATCH * PATCH) * 255
-        pixels = (torch.from_numpy(group.patches).float() - mean) / std
+        mean, std = pixel_scale(group.patches.device)
+        pixels = (group.patches.float() - mean) / std
         # A still image is its own second frame: both frames' kernels see the same pixels.
         x = F.linear(pixels, tower.patch_embed.proj.weight.sum(2).flatten(1)).float()
         cos, sin = _vision_rope(tower.rotary_pos_emb.inv_freq, group.grid)
@@ -123,15 +122,15 @@ class Qwen2VL:
         Fills `looks` with the attention (rows, length, image tokens of a row) of each layer's first head.
         """
         text = self.model.model.language_model
-        x = text.embed_tokens(torch.from_numpy(batch.ids))
+        x = text.embed_tokens(batch.ids)
         rows, length, _ = x.shape
-        stands_at = torch.from_numpy(batch.stands_at)
+        stands_at = batch.stands_at
         if views:
             features = torch.cat(views, 1).to(x.dtype)
-            slots = (stands_at + torch.arange(rows)[:, None] * length).flatten()
+            slots = (stands_at + torch.arange(rows, device=x.device)[:, None] * length).flatten()
             x = x.flatten(0, 1).index_copy(0, slots, features.flatten(0, 1)).view(x.shape)
-        cos, sin = (half(table).unsqueeze(1) for table in text.rotary_emb(x, torch.from_numpy(batch.positions)))
-        mask = attention_mask(torch.from_numpy(batch.branches))
+        cos, sin = (half(table).unsqueeze(1) for table in text.rotary_emb(x, batch.positions))
+        mask = attention_mask(batch.branches)
         for layer_idx, layer in enumerate(text.layers):
             attn = layer.self_attn
             normed = layer.input_layernorm(x)
@@ -171,7 +170,7 @@ class Qwen2VL:
 
 def _vision_rope(inv_freq: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:
     """cos and sin (patches, head_dim) in the order of merged 2x2 blocks."""
-    rows, columns = torch.meshgrid(torch.arange(grid[0]), torch.arange(grid[1]), indexing="ij")
+    rows, columns = torch.meshgrid(*(torch.arange(side, device=inv_freq.device) for side in grid), indexing="ij")
 
     def blocks(index: Tensor) -> Tensor:
         return index.view(grid[0] // MERGE, MERGE, grid[1] // MERGE, MERGE).transpose(1, 2).flatten()

@@ -1,4 +1,4 @@
-"""Training batches: conversations as token ids, positions, patches and answer positions (numpy only).
+"""Training batches: conversations as token ids, positions, patches and answer positions.
 
 A sample is a list of segments. Segment 0 is the shared prefix; each further segment is a branch that continues it on
 its own: several questions about one image cost one image, yet no question sees another's answer. All samples of a
@@ -9,18 +9,19 @@ import random
 from dataclasses import dataclass, field
 
 import numpy as np
+import torch
 from tokenizers import Tokenizer
+from torch import Tensor
 
 from . import dialogues, questions
 from .pictures import KINDS as PICTURE_KINDS
 from .pictures import SHARES, UNIT, Facts, Picture, make_picture, pick_size, seen_size, training_picture
 from .questions import Said, Seen
 from .tokenizer import OTHER_SYSTEMS, SYSTEM
-from .views import ImageGroup, image_group
+from .views import ImageGroup, OnDevice, image_group
 
-KINDS = {"branches": 66, "image_last": 9, "turns": 8, "pair": 11, "triple": 3, "talk": 3}  # percent of batches
-NUM_BRANCHES = 5
-FIRST_STEPS = 300  # one image and several questions only, until this step
+OTHER_KINDS = {"image_last": 28, "turns": 22, "pair": 32, "triple": 9, "talk": 9}  # percent; "branches" is the main one
+NUM_BRANCHES = 8
 NUM_IMAGES = {"pair": 2, "triple": 3, "talk": 0}  # one in all other kinds
 
 
@@ -44,18 +45,18 @@ class Segment:
     looks: list[Look] = field(default_factory=list)
 
 
-@dataclass
-class Batch:
-    """One step's data. Slots count through the flattened (rows, length)."""
+@dataclass(frozen=True)
+class Batch(OnDevice):
+    """Conversations of one kind. Slots count through the flattened (rows, length)."""
 
-    ids: np.ndarray  # int64 (rows, length)
-    positions: np.ndarray  # int64 (3, rows, length): M-RoPE
-    branches: np.ndarray  # int64 (rows, length): 0 prefix, then 1..n, -1 padding
-    answer_slots: np.ndarray  # int64: where the next token is one of an answer
-    answer_ids: np.ndarray  # int64: which token it is
-    answer_weights: np.ndarray  # float32: its weight in the loss
+    ids: Tensor  # int64 (rows, length)
+    positions: Tensor  # int64 (3, rows, length): M-RoPE
+    branches: Tensor  # int64 (rows, length): 0 prefix, then 1..n, -1 padding
+    answer_slots: Tensor  # int64: where the next token is one of an answer
+    answer_ids: Tensor  # int64: which token it is
+    answer_weights: Tensor  # float32: its weight in the loss
     images: list[ImageGroup]
-    stands_at: np.ndarray  # int64 (rows, image tokens of a row): in which column each stands, image after image
+    stands_at: Tensor  # int64 (rows, image tokens of a row): in which column each stands, image after image
     looks: list[tuple[int, int, Look]]  # row, column, look
 
 
@@ -138,12 +139,10 @@ class Writer:
         return segment
 
 
-def make_batch(writer: Writer, seed: int, step: int, num_rows: int) -> Batch:
-    """The batch of this step: rows of one kind, fewer where they have several images."""
-    rng = random.Random(f"{seed} {step}")
-    kind = "branches" if step < FIRST_STEPS else rng.choices(tuple(KINDS), tuple(KINDS.values()))[0]
+def make_batch(writer: Writer, kind: str, seed: int, step: int, num_rows: int) -> Batch:
+    """The batch of this step: rows of one kind."""
+    rng = random.Random(f"{kind} {seed} {step}")
     sizes = [writer.fits(*pick_size(rng)) for _ in range(NUM_IMAGES.get(kind, 1))]
-    num_rows = num_rows if kind == "branches" else num_rows * 3 // 2
     samples: list[list[Segment]] = []
     views: list[list[Picture]] = [[] for _ in sizes]
     for _ in range(num_rows):
@@ -234,17 +233,8 @@ def collate(samples: list[list[Segment]], images: list[ImageGroup], image_id: in
     stands_at = np.stack([np.flatnonzero(row == image_id) for row in ids])
     if stands_at.shape[1] == len(images):  # one token in the prompt for each image: all that it shows stands there
         stands_at = np.repeat(stands_at, [group.labels.shape[1] for group in images], 1)
-    return Batch(
-        ids,
-        positions,
-        branches,
-        slots - 1,
-        ids.reshape(-1)[slots],
-        learned.reshape(-1)[slots],
-        images,
-        stands_at,
-        looks,
-    )
+    arrays = (ids, positions, branches, slots - 1, ids.reshape(-1)[slots], learned.reshape(-1)[slots])
+    return Batch(*map(torch.from_numpy, arrays), images, torch.from_numpy(stands_at), looks)
 
 
 def segment_positions(segment: Segment, image_id: int, start: int) -> np.ndarray:
