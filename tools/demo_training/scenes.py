@@ -4,10 +4,11 @@ One layout in ten (by a checksum of its words) is held out: `draw_scene` never r
 for evaluation, so that no evaluated layout was trained on. The same rule (`is_held_out`) divides words and charts.
 """
 
+import itertools
 import math
 import random
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from PIL import ImageDraw
@@ -32,6 +33,8 @@ CENTERS = (0.2, 0.5, 0.8)  # of the columns and rows of places, as shares of wid
 RADII = {"small": (0.06, 0.078), "medium": (0.1, 0.12), "large": (0.145, 0.18)}  # as shares of `unit`
 MAX_TURN = {"square": 0.3, "diamond": 0.25, "heart": 0.5}  # radians; other shapes are turned at will
 MIN_RADIUS = 5.5  # pixels; below it shapes cannot be told apart
+NUM_TRIES = 20  # for one thing, before all are laid out anew
+MIN_SHRINK = 0.87  # of crowded layouts; sizes stay apart
 NUM_THINGS = (1, 2, 2, 3, 3, 4, 4, 5, 6)
 
 HELD_OUT_SHARE = 10  # one layout in so many
@@ -125,22 +128,32 @@ def shade(colour: str, rng: random.Random) -> tuple[int, ...]:
 
 def lay_out(scene: Scene, width: int, height: int, rng: random.Random) -> list[Spot]:
     """Puts the things near the centers of their places, never touching each other or the edge."""
-    while True:
-        spots = []
+    for attempt in itertools.count():
+        spots: list[Spot] = []
+        length = unit(width, height) * max(MIN_SHRINK, 0.98**attempt)
         for thing in scene.things:
-            radius = rng.uniform(*RADII[thing.size]) * unit(width, height)
-            x = (CENTERS[thing.place_idx % 3] + rng.uniform(-0.07, 0.07)) * width
-            y = (CENTERS[thing.place_idx // 3] + rng.uniform(-0.07, 0.07)) * height
-            x, y = min(max(x, radius + 1), width - radius - 1), min(max(y, radius + 1), height - radius - 1)
-            turn = rng.uniform(-1, 1) * MAX_TURN.get(thing.shape, math.pi) * rng.choice((0, 1, 1))
-            spots.append(Spot(thing, x, y, radius, shade(thing.colour, rng), turn))
-        gaps = [
-            math.hypot(one.x - other.x, one.y - other.y) - one.radius - other.radius
-            for idx, one in enumerate(spots)
-            for other in spots[:idx]
-        ]
-        if min(gaps, default=9) > 2:
-            return spots
+            spot = next((spot for spot in _tries(thing, width, height, length, rng) if _is_apart(spot, spots)), None)
+            if spot is None:
+                break
+            spots.append(spot)
+        else:
+            break
+    return spots
+
+
+def _tries(thing: Thing, width: int, height: int, length: float, rng: random.Random) -> Iterator[Spot]:
+    """Some spots for a thing, one of which is likely to be free where one can be."""
+    for _ in range(NUM_TRIES):
+        radius = rng.uniform(*RADII[thing.size]) * length
+        x = (CENTERS[thing.place_idx % 3] + rng.uniform(-0.07, 0.07)) * width
+        y = (CENTERS[thing.place_idx // 3] + rng.uniform(-0.07, 0.07)) * height
+        x, y = min(max(x, radius + 1), width - radius - 1), min(max(y, radius + 1), height - radius - 1)
+        turn = rng.uniform(-1, 1) * MAX_TURN.get(thing.shape, math.pi) * rng.choice((0, 1, 1))
+        yield Spot(thing, x, y, radius, shade(thing.colour, rng), turn)
+
+
+def _is_apart(spot: Spot, others: Sequence[Spot]) -> bool:
+    return all(math.hypot(spot.x - other.x, spot.y - other.y) > spot.radius + other.radius + 2 for other in others)
 
 
 def draw(pen: ImageDraw.ImageDraw, spots: Sequence[Spot], scale: int, rng: random.Random) -> None:
