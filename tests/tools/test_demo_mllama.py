@@ -47,10 +47,8 @@ def test_the_lean_forward_is_that_of_transformers(net, kind):
         size={"height": mllama.TILE, "width": mllama.TILE}, max_image_tiles=1, image_mean=CLIP_MEAN, image_std=CLIP_STD
     )
     inputs = processor([[picture.image for picture in drawn]], return_tensors="pt")
-    ids = torch.from_numpy(batch.ids)
-    seen = (
-        torch.from_numpy(batch.stands_at[:, None, :: groups[0].labels.shape[1]]) <= torch.arange(ids.shape[1])[:, None]
-    )
+    ids = batch.ids
+    seen = batch.stands_at[:, None, :: groups[0].labels.shape[1]] <= torch.arange(ids.shape[1])[:, None]
     correct_to_metas_rule(net.model.model.language_model)
     with torch.inference_mode():
         right = net.model(
@@ -76,7 +74,7 @@ def test_it_is_small_and_its_heads_are_of_a_served_size(net):
 @pytest.mark.parametrize("arch", ["qwen2-vl", "mllama"])
 def test_two_small_steps_run_from_nothing_to_a_checkpoint(arch, tmp_path, monkeypatch):
     out = tmp_path / "out"
-    flags = f"--arch {arch} --work {tmp_path} --out {out} --sight-steps 2 --sight-rows 2 --steps 2 --rows 2"
+    flags = f"--arch {arch} --work {tmp_path} --out {out} --steps 4 --sight-share 0.5 --sight-rows 2 --rows 2 --more-views 2"
     monkeypatch.setattr(sys, "argv", ["train_demo.py", *flags.split(), "--final-cases", "1"])
     train_demo.train(train_demo.parse_args())
     names = {"config.json", "generation_config.json", "model.safetensors", "preprocessor_config.json"}
@@ -84,6 +82,6 @@ def test_two_small_steps_run_from_nothing_to_a_checkpoint(arch, tmp_path, monkey
     loaded = transformers.AutoModelForImageTextToText.from_pretrained(out, dtype=torch.float32)
     assert loaded.config.model_type == json.loads((out / "config.json").read_text())["model_type"]
     state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
-    assert state["step"] == 2
+    assert (state["step"], state["answers_from"]) == (4, 2)
     for name, weight in loaded.state_dict().items():
         torch.testing.assert_close(weight, state["model"][name].bfloat16().float())

@@ -1,5 +1,7 @@
 """How the embedded model is made: answers are facts, what is held out stays apart, the forward is transformers' own."""
 
+import itertools
+import math
 import random
 import sys
 from pathlib import Path
@@ -149,18 +151,28 @@ def test_things_never_touch_and_stay_inside():
         spots = scenes.lay_out(scenes.draw_scene(rng, width, height), width, height, rng)
         assert all(spot.radius < spot.x < width - spot.radius for spot in spots)
         assert all(spot.radius < spot.y < height - spot.radius for spot in spots)
+        gaps = [math.hypot(a.x - b.x, a.y - b.y) - a.radius - b.radius for a, b in itertools.combinations(spots, 2)]
+        assert min(gaps, default=9) > 2
+
+
+def test_the_most_crowded_layout_is_found_at_once():
+    rng = random.Random(8)
+    scene = scenes.Scene(tuple(scenes.Thing("large", "red", "star", place) for place in (0, 1, 3, 4, 6, 7)))
+    for _ in range(20):
+        assert len(scenes.lay_out(scene, 58, 56, rng)) == 6
 
 
 def test_tokens_are_labelled_by_what_they_show():
     values = {"colour": 4, "shape": 1, "size": 2, "place": 6, "order": 0}
     mark = pictures.Mark(10, 90, 70, 150, values)
-    picture = pictures.Picture(SCENE, pictures.Image.new("RGB", (168, 168)), (mark,))
+    picture = pictures.Picture(SCENE, pictures.Image.new("RGB", (160, 160)), (mark,))
     named, shown = labels.token_labels(picture)
-    at = labels.FIELD_IDX
-    token = named.reshape(6, 6, -1)[4, 1]
+    at, side = labels.FIELD_IDX, 160 // pictures.UNIT
+    row, column = 120 // pictures.UNIT, 40 // pictures.UNIT  # of the mark's center
+    token = named.reshape(side, side, -1)[row, column]
     assert {name: token[at[name]] for name in values} == values
-    assert token[at["center"]] == 1 and shown.reshape(6, 6, -1)[4, 1].tolist() == [0, -1]
-    corner = named.reshape(6, 6, -1)[0, 5]
+    assert token[at["center"]] == 1 and shown.reshape(side, side, -1)[row, column].tolist() == [0, -1]
+    corner = named.reshape(side, side, -1)[0, -1]
     assert corner[at["colour"]] == len(scenes.COLOURS) and corner[at["shape"]] == labels.IGNORED
     assert set(named[:, at["picture"]]) == {pictures.KINDS.index("scene")}
 
@@ -168,7 +180,7 @@ def test_tokens_are_labelled_by_what_they_show():
 def test_every_glyph_of_a_print_is_labelled_once():
     rng = random.Random(5)
     for _ in range(100):
-        picture = pictures.training_picture("print", 196, 140, rng)
+        picture = pictures.training_picture("print", 192, 128, rng)
         named, shown = labels.token_labels(picture)
         seen = named[:, [labels.FIELD_IDX["glyph"], labels.FIELD_IDX["glyph2"]]]
         glyphs = {int(shown[token, slot]): prints.GLYPHS[seen[token, slot]] for token, slot in np.argwhere(shown >= 0)}
@@ -181,7 +193,7 @@ def test_the_seen_size_is_that_of_the_processor():
     rng = random.Random(6)
     for width, height in (pictures.pick_size(rng) for _ in range(500)):
         down, across = smart_resize(
-            height, width, factor=28, min_pixels=pictures.MIN_PIXELS, max_pixels=pictures.MAX_PIXELS
+            height, width, factor=pictures.UNIT, min_pixels=pictures.MIN_PIXELS, max_pixels=pictures.MAX_PIXELS
         )
         assert pictures.seen_size(width, height) == (across, down)
 
@@ -223,20 +235,21 @@ def _views(built, batch):
 @pytest.mark.parametrize("kind", ["pair", "turns", "image_last"])
 def test_the_lean_forward_is_that_of_transformers(tokenizer, small_model, kind):
     rng = random.Random(3)
-    sizes = [(168, 140), (140, 196)][: 2 if kind == "pair" else 1]
+    sizes = [(160, 144), (144, 176)][: 2 if kind == "pair" else 1]
     drawn = [pictures.training_picture("scene", *size, rng) for size in sizes]
     writer = samples.Writer(tokenizer)
-    grids = [(height // 28, width // 28) for width, height in sizes]
+    grids = [writer.num_slots(*size) for size in sizes]
     facts = [picture.facts for picture in drawn]
     asked = dialogues.ask_many(facts, rng) if kind == "pair" else None
     sample = samples.make_sample(writer, kind, facts, grids, rng, asked)
     batch = samples.collate([sample], [views.image_group([picture]) for picture in drawn], writer.image_id)
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
-    pixels = Qwen2VLImageProcessorPil(min_pixels=pictures.MIN_PIXELS, max_pixels=pictures.MAX_PIXELS)(
-        [picture.image for picture in drawn], return_tensors="pt"
+    processor = Qwen2VLImageProcessorPil(
+        min_pixels=pictures.MIN_PIXELS, max_pixels=pictures.MAX_PIXELS, patch_size=views.PATCH, merge_size=views.MERGE
     )
-    ids = torch.from_numpy(batch.ids)
+    pixels = processor([picture.image for picture in drawn], return_tensors="pt")
+    ids = batch.ids
     with torch.inference_mode():
         right = small_model.model(
             input_ids=ids,
@@ -250,10 +263,10 @@ def test_the_lean_forward_is_that_of_transformers(tokenizer, small_model, kind):
 
 def test_a_branch_sees_its_prefix_and_nothing_of_other_branches(tokenizer, small_model):
     rng = random.Random(4)
-    picture = pictures.training_picture("scene", 168, 140, rng)
+    picture = pictures.training_picture("scene", 160, 144, rng)
     group = views.image_group([picture])
     writer = samples.Writer(tokenizer)
-    prefix, *branches = samples.make_sample(writer, "branches", [picture.facts], [(5, 6)], rng)
+    prefix, *branches = samples.make_sample(writer, "branches", [picture.facts], [(9, 10)], rng)
     whole = samples.collate([[prefix, *branches]], [group], writer.image_id)
     alone = samples.collate([[prefix, branches[2]]], [group], writer.image_id)
     with torch.inference_mode():
@@ -272,7 +285,7 @@ def test_the_model_is_small_enough(small_model):
 def test_a_few_steps_lower_the_loss(tokenizer):
     trained = qwen2_vl.Qwen2VL(tokenizer)
     optimizer = torch.optim.AdamW(trained.model.parameters(), lr=1e-3)
-    batch = samples.make_batch(samples.Writer(tokenizer), seed=1, step=0, num_rows=4)
+    batch = samples.make_batch(samples.Writer(tokenizer), "branches", seed=1, step=0, num_rows=4)
     losses = []
     for _ in range(4):
         loss = model.answer_loss(trained, batch, _views(trained, batch))
@@ -308,7 +321,8 @@ def test_the_export_is_read_by_transformers_as_it_was(tokenizer, small_model, tm
 
 
 def test_the_guide_looks_from_words_at_what_they_speak_of(tokenizer):
-    boxes = ((5, 5, 50, 50), (62, 62, 107, 107))
+    unit = pictures.UNIT
+    boxes = ((2, 2, 2 * unit - 2, 2 * unit - 2), (2 * unit + 2, 2 * unit + 2, 4 * unit - 2, 4 * unit - 2))
     things = (scenes.Thing("large", "red", "star", 0), scenes.Thing("large", "blue", "star", 8))
     marks = [
         pictures.Mark(
@@ -316,7 +330,7 @@ def test_the_guide_looks_from_words_at_what_they_speak_of(tokenizer):
         )
         for box, thing in zip(boxes, things, strict=True)
     ]
-    picture = pictures.Picture(scenes.Scene(things), pictures.Image.new("RGB", (112, 112)), tuple(marks))
+    picture = pictures.Picture(scenes.Scene(things), pictures.Image.new("RGB", (4 * unit, 4 * unit)), tuple(marks))
     writer, segment = samples.Writer(tokenizer), samples.Segment()
     writer.add_image(segment, (4, 4))
     writer.add_question(segment, questions.fill("Where is the {name}?", name=questions.Seen("blue star", (1,))))

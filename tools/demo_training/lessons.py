@@ -58,4 +58,6 @@ class _Steps(Dataset):
 def in_order(make: Callable[[int], Lesson], first_step: int, num_workers: int, pin_memory: bool) -> Iterator[Lesson]:
     """What `make` gives for `first_step` and all steps after it; made ahead of time where there are workers."""
     steps = range(first_step, first_step + 2**31)
-    return iter(DataLoader(_Steps(make), batch_size=None, sampler=steps, num_workers=num_workers, pin_memory=pin_memory))
+    return iter(
+        DataLoader(_Steps(make), batch_size=None, sampler=steps, num_workers=num_workers, pin_memory=pin_memory)
+    )

@@ -1,0 +1,123 @@
+"""Training runs of the embedded models: lessons by workers, checkpoints, and steps that never wait for the device."""
+
+import copy
+import itertools
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+torch = pytest.importorskip("torch")
+pytest.importorskip("transformers")
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
+
+import train_demo  # noqa: E402
+from demo_training import labels  # noqa: E402
+from demo_training.guide import Guide  # noqa: E402
+from demo_training.lessons import FIRST_STEPS, Teacher, in_order  # noqa: E402
+from demo_training.sight import make_head  # noqa: E402
+from demo_training.tokenizer import train_tokenizer  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def tokenizers():
+    return {arch: train_tokenizer(control) for arch, (_, control) in train_demo.ARCHITECTURES.items()}
+
+
+def make_run(arch, tokenizers, folder, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train_demo.py", "--arch", arch, "--work", str(folder), "--steps", "20"])
+    tokenizer = tokenizers[arch]
+    net = train_demo.ARCHITECTURES[arch][0](tokenizer, 0)
+    net.model.train()
+    torch.manual_seed(0)
+    teacher = Teacher(net.writer(), Guide(tokenizer), seed=0)
+    return train_demo.Run(train_demo.parse_args(), net, make_head(net.feature_size), teacher)
+
+
+def tensors_of(data):
+    found = []
+    data.each(lambda tensor: (found.append(tensor), tensor)[1])
+    return found
+
+
+@pytest.mark.parametrize("arch", train_demo.ARCHITECTURES)
+def test_workers_make_the_lessons_that_are_made_without_them(arch, tokenizers):
+    build, _ = train_demo.ARCHITECTURES[arch]
+    teacher = Teacher(build(tokenizers[arch]).writer(), Guide(tokenizers[arch]), seed=3)
+    first = FIRST_STEPS + 7
+    made = in_order(lambda step: teacher.answers(2, 2, 0, step), first, num_workers=2, pin_memory=False)
+    for step, lesson in zip(range(first, first + 3), made, strict=False):
+        right = teacher.answers(2, 2, 0, step)
+        assert len(lesson.batches) == 2 and lesson.targets[0].keys() == right.targets[0].keys()
+        pairs = list(zip(tensors_of(lesson), tensors_of(right), strict=True))
+        assert len(pairs) > 20 and all(torch.equal(one, other) for one, other in pairs)
+
+
+def test_a_run_that_stops_goes_on_as_if_it_had_not(tokenizers, tmp_path, monkeypatch):
+    run = make_run("qwen2-vl", tokenizers, tmp_path, monkeypatch)
+    for step in range(2):
+        run.step(run.teacher.sight(2, step), is_told=False)
+    run.answers_from = 2
+    run.step(run.teacher.answers(1, 1, 2, 2), is_told=True)
+    run.save()
+    again = make_run("qwen2-vl", tokenizers, tmp_path, monkeypatch)
+    again.restore()
+    assert (again.clock.step, again.answers_from) == (3, 2)
+    for either in (run, again):
+        lessons = either.lessons()
+        for lesson in itertools.islice(lessons, 1):
+            either.step(lesson, is_told=False)
+    for one, other in zip(run.weights, again.weights, strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("arch", train_demo.ARCHITECTURES)
+def test_a_step_makes_nothing_on_another_device_and_waits_for_nothing(arch, tokenizers, tmp_path, monkeypatch):
+    """On `meta` nothing can be read back, and no tensor of the CPU can be mixed in."""
+    run = make_run(arch, tokenizers, tmp_path, monkeypatch)
+    monkeypatch.setattr(torch, "is_autocast_enabled", lambda device: False)  # unknown to meta
+    device = torch.device("meta")
+    weights = list(torch.nn.ModuleList([run.model, run.head]).to(device).parameters())
+    lessons = [run.teacher.answers(2, 2, 0, FIRST_STEPS + step) for step in range(8)]  # other kinds in turn
+    for lesson in (run.teacher.sight(2, 0), *lessons):
+        loss = run.loss(lesson.to(device), {})
+        loss.backward()
+        assert loss.is_meta and torch.nn.utils.clip_grad_norm_(weights, 1.0).is_meta
+
+
+def test_a_step_that_is_not_finite_changes_nothing(tokenizers, tmp_path, monkeypatch):
+    run = make_run("qwen2-vl", tokenizers, tmp_path, monkeypatch)
+    lesson = run.teacher.sight(2, 0)
+    run.step(lesson, is_told=False)
+    before = copy.deepcopy(run.weights)
+    group = lesson.views[0]
+    run.step(replace(lesson, views=[replace(group, weights=group.weights * float("inf"))]), is_told=False)
+    assert all(torch.equal(one, other) for one, other in zip(run.weights, before, strict=True))
+    run.step(lesson, is_told=False)
+    assert not all(torch.equal(one, other) for one, other in zip(run.weights, before, strict=True))
+
+
+def test_what_shows_nothing_weighs_as_much_as_what_shows_something(tokenizers, tmp_path, monkeypatch):
+    run = make_run("qwen2-vl", tokenizers, tmp_path, monkeypatch)
+    group = run.teacher.sight(12, 1).views[0]
+    weights, named = group.weights, group.labels
+    assert float(weights.sum()) == pytest.approx(1, abs=1e-5)
+    assert not weights[named == labels.IGNORED].any()
+    at = labels.FIELD_IDX["glyph"]
+    is_none = named[..., at] == labels.NOTHING["glyph"]
+    assert float(weights[..., at][is_none].sum()) == pytest.approx(float(weights[..., at][~is_none].sum()), rel=1e-4)
+
+
+def test_the_rate_rises_then_falls_in_sight_and_again_in_answers(tokenizers, tmp_path, monkeypatch):
+    run = make_run("qwen2-vl", tokenizers, tmp_path, monkeypatch)
+    run.clock.steps = 10_000
+
+    def rate(step):
+        run.clock.step = step
+        return run.learning_rate()
+
+    assert rate(0) < rate(99) == pytest.approx(run.args.sight_lr, rel=0.01) and rate(3400) < 0.25 * run.args.sight_lr
+    run.answers_from = 3500
+    assert rate(3500) < rate(3600) == pytest.approx(run.args.lr, rel=0.01) and rate(9990) < 0.02 * run.args.lr
