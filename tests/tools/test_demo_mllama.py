@@ -74,8 +74,9 @@ def test_it_is_small_and_its_heads_are_of_a_served_size(net):
 @pytest.mark.parametrize("arch", ["qwen2-vl", "mllama"])
 def test_two_small_steps_run_from_nothing_to_a_checkpoint(arch, tmp_path, monkeypatch):
     out = tmp_path / "out"
-    flags = f"--arch {arch} --work {tmp_path} --out {out} --steps 4 --sight-share 0.5 --sight-rows 2 --rows 2 --more-views 2"
-    monkeypatch.setattr(sys, "argv", ["train_demo.py", *flags.split(), "--final-cases", "1"])
+    flags = f"--arch {arch} --work {tmp_path} --out {out} --steps 4 --sight-share 0.5 --final-cases 1"
+    sizes = "--sight-rows 2 --rows 2 --more-views 2"
+    monkeypatch.setattr(sys, "argv", ["train_demo.py", *flags.split(), *sizes.split()])
     train_demo.train(train_demo.parse_args())
     names = {"config.json", "generation_config.json", "model.safetensors", "preprocessor_config.json"}
     assert names | {"tokenizer.json", "tokenizer_config.json", "chat_template.json"} <= {p.name for p in out.iterdir()}
