@@ -1,7 +1,7 @@
 """Makes the embedded model: draws scenes, asks about them, trains a small model from nothing, writes its folder.
 
     python tools/train_demo.py --minutes 140                                       # on a CPU
-    python tools/train_demo.py --minutes 8 --device cuda --workers 7 --sight-rows 128 --rows 64 --more-views 64 --lr 1.5e-3
+    python tools/train_demo.py --minutes 8 --device cuda --workers 7 --sight-rows 128 --rows 64 --more-views 64
     python tools/train_demo.py --steps 5000     # the same weights again from the same seed, on the same machine
 
 First the tower alone learns to name what its tokens show, then everything learns to answer. The learning rate follows
