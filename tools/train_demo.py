@@ -200,7 +200,7 @@ class Run:
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(self.weights, 1.0)
         # the optimizer skips the step where a gradient is not finite, as GradScaler tells it to
-        self.optimizer.found_inf = (~norm.isfinite()).float()  # type: ignore[attr-defined]
+        self.optimizer.found_inf = (~norm.isfinite()).float()
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.clock.step += 1

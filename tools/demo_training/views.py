@@ -20,7 +20,7 @@ class OnDevice:
     """A dataclass whose tensors (alone, in lists, in dicts, or in such dataclasses) move together."""
 
     def each(self, change: Callable[[Tensor], Tensor]) -> Self:
-        return replace(self, **{entry.name: _each(getattr(self, entry.name), change) for entry in fields(self)})  # type: ignore[type-var]
+        return replace(self, **{entry.name: _each(getattr(self, entry.name), change) for entry in fields(self)})
 
     def pin_memory(self) -> Self:  # torch's DataLoader calls this
         return self.each(Tensor.pin_memory)
