@@ -63,7 +63,8 @@ class Guide:
             seen = np.zeros((len(looks), labels.shape[1]), bool)
             for idx, (row, _, look) in enumerate(looks):
                 first, last = firsts[look.image : look.image + 2]
-                seen[idx, first:last] = np.isin(shown[look.image][row], look.marks).any(-1)
+                for mark in look.marks:
+                    seen[idx, first:last] |= (shown[look.image][row] == mark).any(-1)
             at, column = np.array([look[:2] for look in looks], np.int64).reshape(-1, 2).T
             found[layer] = (at, column, seen)
         targets = {layer: _target(*parts, batch.stands_at.numpy()) for layer, parts in found.items()}
