@@ -85,7 +85,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = _Parser(
         prog="lightvl",
         description="Serve a vision-language model over the OpenAI API.",
-        epilog="Without --model-path it serves the small embedded demo model.",
+        epilog="Without --model-path it serves a small embedded model.",
         allow_abbrev=False,
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=32, width=110),
     )
@@ -103,7 +103,7 @@ def _add_model(group: argparse._ArgumentGroup) -> None:
         "--model-path",
         type=_model_path,
         metavar="DIR|HUB_ID",
-        help="checkpoint folder or Hugging Face id; 'demo' (default): the embedded model",
+        help="checkpoint folder or Hugging Face id; 'demo' (default): the embedded model, 'demo:mllama': its sibling",
     )
     group.add_argument(
         "--tokenizer-path", type=_model_path, metavar="DIR|HUB_ID", help="tokenizer (default: the model's)"

@@ -2,11 +2,10 @@
 
     python tools/eval_demo.py --url http://127.0.0.1:8000
     python tools/eval_demo.py --launch "lightvl --dtype bfloat16" --launch "lightvl --dtype float32" --cases 2000
-    python tools/eval_demo.py --launch "lightvl --model-path DIR" --world next          # what train_demo.py makes now
+    python tools/eval_demo.py --launch "lightvl --model-path demo:mllama"
 
 Draws pictures that training never saw and asks in wordings that it never heard (half of them streamed, several at
-once), then crops of photographs, which are to be declined (the next world only: the shipped model never learned to).
-Prints right answers by kind, which word was taken for
+once), then crops of photographs, which are to be declined. Prints right answers by kind, which word was taken for
 which, and one line of JSON for each server; `--pictures` names a file for a sheet of what went wrong. Exits 1 below a
 goal, 2 where a request failed.
 """
@@ -27,16 +26,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bench.server import serving
-from demo_training import cases as next_world
-from demo_training.cases import Case
-from demo_training.first import cases as first_world
+from demo_training.cases import Case, held_out_case
 from demo_training.photographs import crops
 from demo_training.phrases import wording
 from demo_training.questions import DECLINE
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
-WORLDS = {"first": first_world.held_out_case, "next": next_world.held_out_case}
 CELL = (260, 330)  # pixels of one failure on the sheet
 MAX_SHOWN = 60
 
@@ -132,13 +128,12 @@ def model_name(url: str) -> str:
 
 def ask_all(url: str, args: argparse.Namespace) -> list[Outcome]:
     """All cases, `--concurrency` at a time; pictures are drawn by the threads that send them."""
-    num_photographs = args.photographs if args.world == "next" else 0
-    model, photographs = model_name(url), photograph_cases(num_photographs, args.photograph_folder)
-    if len(photographs) < num_photographs:
+    model, photographs = model_name(url), photograph_cases(args.photographs, args.photograph_folder)
+    if len(photographs) < args.photographs:
         print("no photographs: install scikit-image, scikit-learn and matplotlib, or name --photograph-folder")
 
     def one(number: int) -> Outcome:
-        case = WORLDS[args.world](args.first + number) if number < args.cases else photographs[number - args.cases]
+        case = held_out_case(args.first + number) if number < args.cases else photographs[number - args.cases]
         return ask(url, model, args.first + number, case, args.timeout)
 
     num_cases = args.cases + len(photographs)
@@ -213,7 +208,6 @@ def parse_args() -> argparse.Namespace:
     where = parser.add_mutually_exclusive_group()
     where.add_argument("--url", default="http://127.0.0.1:8000")
     where.add_argument("--launch", action="append", default=[], help="a command that starts a server; may be repeated")
-    parser.add_argument("--world", choices=WORLDS, default="first", help="first: what the shipped model was taught")
     parser.add_argument("--cases", type=int, default=2000)
     parser.add_argument("--first", type=int, default=100_000, help="number of the first held-out case")
     parser.add_argument("--photographs", type=int, default=300, help="crops to be declined")

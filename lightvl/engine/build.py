@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 
+from lightvl import demo
 from lightvl.config import NO_CHUNKING, ModelInfo, ServerConfig, sampling_defaults
 from lightvl.core import SamplingParams
-from lightvl.demo import demo_path
 from lightvl.engine.cpu import CpuPlatform
 from lightvl.engine.cuda import CudaPlatform, cuda_device
 from lightvl.engine.engine import Engine
@@ -196,7 +196,7 @@ def _told(dtype: torch.dtype) -> str:
 def _demo_name(config: ServerConfig) -> str | None:
     """Name of the embedded model that is asked for; None when it is another model."""
     if config.model_path in (None, "demo"):
-        return "qwen2-vl"
+        return demo.DEFAULT
     assert config.model_path is not None
     return config.model_path.removeprefix("demo:") if config.model_path.startswith("demo:") else None
 
@@ -206,9 +206,10 @@ def _checkpoint(config: ServerConfig) -> Path:
     if demo_name is None:
         return resolve_checkpoint(str(config.model_path))
     try:
-        return demo_path(demo_name)
+        return demo.demo_path(demo_name)
     except KeyError:
-        raise ConfigError(f"--model-path {config.model_path}: there is no embedded model of this name") from None
+        names = ", ".join(f"demo:{name}" for name in demo.FOLDERS)
+        raise ConfigError(f"--model-path {config.model_path}: there is no such embedded model, but {names}") from None
 
 
 def _context_len(config: ServerConfig, max_positions: int) -> tuple[int, str]:

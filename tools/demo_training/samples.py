@@ -20,7 +20,13 @@ from .questions import Said, Seen
 from .tokenizer import OTHER_SYSTEMS, SYSTEM
 from .views import ImageGroup, OnDevice, image_group
 
-OTHER_KINDS = {"image_last": 30, "turns": 16, "pair": 30, "triple": 8, "talk": 16}  # percent; "branches" is the main one
+OTHER_KINDS = {
+    "image_last": 30,
+    "turns": 16,
+    "pair": 30,
+    "triple": 8,
+    "talk": 16,
+}  # percent; "branches" is the main one
 NUM_BRANCHES = 8
 NUM_IMAGES = {"pair": 2, "triple": 3, "talk": 0}  # one in all other kinds
 
