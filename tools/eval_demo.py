@@ -2,7 +2,7 @@
 
     python tools/eval_demo.py --url http://127.0.0.1:8000
     python tools/eval_demo.py --launch "lightvl --dtype bfloat16" --launch "lightvl --dtype float32" --cases 2000
-    python tools/eval_demo.py --launch "lightvl --model-path demo:mllama"
+    python tools/eval_demo.py --launch "lightvl --model-path demo:mllama" --tell-order
 
 Draws pictures that training never saw and asks in wordings that it never heard (half of them streamed, several at
 once), then crops of photographs, which are to be declined. Prints right answers by kind, which word was taken for
@@ -29,7 +29,7 @@ from bench.server import serving
 from demo_training.cases import Case, held_out_case
 from demo_training.photographs import crops
 from demo_training.phrases import wording
-from demo_training.questions import DECLINE
+from demo_training.questions import DECLINE, ORDINALS
 from PIL import Image, ImageDraw
 from tqdm import tqdm
 
@@ -74,10 +74,13 @@ def data_url(image: Image.Image) -> str:
     return "data:image/png;base64," + base64.b64encode(packed.getvalue()).decode()
 
 
-def as_openai(case: Case) -> list[dict]:
-    """The case as OpenAI chat messages; a message of one text is a plain string."""
+def as_openai(case: Case, tell_order: bool) -> list[dict]:
+    """The case as OpenAI chat messages; a message of one text is a plain string. `tell_order`: words go before each of
+    several images."""
     messages = []
     for role, parts in case.messages:
+        if tell_order and sum(isinstance(part, Image.Image) for part in parts) > 1:
+            parts = with_order_told(parts)
         content: str | list[dict] = [
             {"type": "text", "text": part}
             if isinstance(part, str)
@@ -90,15 +93,24 @@ def as_openai(case: Case) -> list[dict]:
     return messages
 
 
-def ask(url: str, model: str, number: int, case: Case, timeout: float) -> Outcome:
+def with_order_told(parts: Sequence[str | Image.Image]) -> tuple[str | Image.Image, ...]:
+    told: list[str | Image.Image] = []
+    nths = iter(ORDINALS)
+    for part in parts:
+        told += [f"This is the {next(nths)} image:", part] if isinstance(part, Image.Image) else [part]
+    return tuple(told)
+
+
+def ask(url: str, model: str, number: int, case: Case, args: argparse.Namespace) -> Outcome:
     """Asks one case, every other one streamed; failures come back as outcomes."""
     stream = number % 2 == 0
-    body = {"model": model, "messages": as_openai(case), "max_tokens": 160, "temperature": 0, "stream": stream}
+    messages = as_openai(case, args.tell_order)
+    body = {"model": model, "messages": messages, "max_tokens": 160, "temperature": 0, "stream": stream}
     request = urllib.request.Request(
         f"{url}/v1/chat/completions", json.dumps(body).encode(), {"Content-Type": "application/json"}
     )
     try:
-        with urllib.request.urlopen(request, timeout=timeout) as reply:
+        with urllib.request.urlopen(request, timeout=args.timeout) as reply:
             text = read_stream(reply) if stream else json.load(reply)["choices"][0]["message"]["content"]
     except Exception as error:  # every way a request can fail is a finding, told at the end
         return Outcome(number, case, "", f"{type(error).__name__}: {error}")
@@ -134,7 +146,7 @@ def ask_all(url: str, args: argparse.Namespace) -> list[Outcome]:
 
     def one(number: int) -> Outcome:
         case = held_out_case(args.first + number) if number < args.cases else photographs[number - args.cases]
-        return ask(url, model, args.first + number, case, args.timeout)
+        return ask(url, model, args.first + number, case, args)
 
     num_cases = args.cases + len(photographs)
     with ThreadPoolExecutor(args.concurrency) as pool:
@@ -213,6 +225,11 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--photographs", type=int, default=300, help="crops to be declined")
     parser.add_argument("--photograph-folder", type=Path, action="append", default=[], help="site-packages to look in")
     parser.add_argument("--concurrency", type=int, default=8)
+    parser.add_argument(
+        "--tell-order",
+        action="store_true",
+        help="say before each of several images which one it is: mllama cannot tell images side by side apart",
+    )
     parser.add_argument("--goal", type=float, default=90, help="percent of exact answers")
     parser.add_argument("--decline-goal", type=float, default=95, help="percent of photographs declined")
     parser.add_argument("--timeout", type=float, default=120, help="seconds for one request")

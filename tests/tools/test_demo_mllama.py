@@ -31,8 +31,10 @@ def net(tokenizer):
     return built
 
 
-@pytest.mark.parametrize("kind", ["pair", "turns", "image_last"])
-def test_the_lean_forward_is_that_of_transformers(net, kind):
+@pytest.mark.parametrize(("kind", "lead_share"), [("pair", 1.0), ("pair", 0.0), ("turns", 0.0), ("image_last", 0.0)])
+def test_the_lean_forward_is_that_of_transformers(net, kind, lead_share, monkeypatch):
+    """Images side by side are seen together, the first of two with words between only up to the second."""
+    monkeypatch.setattr(mllama.LlamaWriter, "LEAD_SHARE", lead_share)
     rng, writer = random.Random(5), net.writer()
     sizes = [writer.fits(150, 100), writer.fits(90, 200)][: 2 if kind == "pair" else 1]
     drawn = [pictures.training_picture("scene", *size, rng) for size in sizes]
@@ -42,13 +44,16 @@ def test_the_lean_forward_is_that_of_transformers(net, kind):
     groups = [writer.group([picture]) for picture in drawn]
     batch = samples.collate([sample], groups, writer.image_id)
     from transformers.models.mllama.image_processing_pil_mllama import MllamaImageProcessorPil
+    from transformers.models.mllama.processing_mllama import get_cross_attention_token_mask
 
     processor = MllamaImageProcessorPil(
         size={"height": mllama.TILE, "width": mllama.TILE}, max_image_tiles=1, image_mean=CLIP_MEAN, image_std=CLIP_STD
     )
     inputs = processor([[picture.image for picture in drawn]], return_tensors="pt")
     ids = batch.ids
-    seen = batch.stands_at[:, None, :: groups[0].labels.shape[1]] <= torch.arange(ids.shape[1])[:, None]
+    seen = torch.zeros(1, ids.shape[1], len(drawn), dtype=torch.bool)
+    for image, (start, end) in enumerate(get_cross_attention_token_mask(ids[0].tolist(), writer.image_id)):
+        seen[0, start : None if end == -1 else end, image] = True
     correct_to_metas_rule(net.model.model.language_model)
     with torch.inference_mode():
         right = net.model(

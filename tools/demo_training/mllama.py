@@ -4,6 +4,7 @@ One tile, all of it always computed: an image is fitted into TILE x TILE pixels 
 first) to the rows of its span. Rows before the first image get nothing from a cross layer, as in Meta's reference.
 """
 
+from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
@@ -83,7 +84,8 @@ class LlamaWriter(Writer):
     START, HEADER = "<|begin_of_text|>", "<|start_header_id|>{}<|end_header_id|>\n\n"
     END, AFTER_END = "<|eot_id|>", ""
     IMAGE = ("", "<|image|>", "")
-    AFTER_ONE_IMAGE = "\n"
+    NEWLINE_SHARE = 0.5  # the built-in template has it, the published one has not
+    LEAD_SHARE = 1.0  # images side by side share a span of rows, in which nothing tells their order
     SYSTEM = LLAMA_SYSTEM
 
     def fits(self, width: int, height: int) -> tuple[int, int]:
@@ -114,6 +116,15 @@ class LlamaWriter(Writer):
 
         flat = patches.reshape(len(tiled), side * side, -1)
         return make_group((side, side), flat, spread(group.labels.numpy(), IGNORED), spread(group.shown.numpy(), -1))
+
+
+def _seen_until(stands_at: Tensor, image_lens: list[int]) -> Tensor:
+    """(rows, image tokens): the column of the next image that does not stand side by side with this one."""
+    slots = [stands_at[:, end - 1] for end in np.cumsum(image_lens)]
+    ends = [torch.full_like(slots[0], 1 << 30)]
+    for slot, after in reversed(list(pairwise(slots))):
+        ends.append(torch.where(after == slot + 1, ends[-1], after))
+    return torch.cat([end[:, None].expand(-1, num) for end, num in zip(reversed(ends), image_lens, strict=True)], 1)
 
 
 class Mllama:
@@ -169,7 +180,9 @@ class Mllama:
         mask = attention_mask(batch.branches)
         if views:
             features = torch.cat(views, 1)
-            seen = batch.stands_at[:, None] <= torch.arange(length, device=x.device)[:, None]
+            until = _seen_until(batch.stands_at, [view.shape[1] for view in views])
+            columns = torch.arange(length, device=x.device)[:, None]
+            seen = (batch.stands_at[:, None] <= columns) & (columns < until[:, None])
             any_seen = seen.any(-1, keepdim=True)
             # a row that sees nothing attends to everything, and is then multiplied by zero
             cross_mask = half(hidden_where(~seen & any_seen)).unsqueeze(1)

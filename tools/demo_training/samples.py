@@ -16,7 +16,7 @@ from torch import Tensor
 from . import dialogues, questions
 from .pictures import KINDS as PICTURE_KINDS
 from .pictures import SHARES, UNIT, Facts, Picture, make_picture, pick_size, seen_size, training_picture
-from .questions import Said, Seen
+from .questions import ORDINALS, Said, Seen
 from .tokenizer import OTHER_SYSTEMS, SYSTEM
 from .views import ImageGroup, OnDevice, image_group
 
@@ -28,6 +28,7 @@ OTHER_KINDS = {
     "talk": 16,
 }  # percent; "branches" is the main one
 NUM_BRANCHES = 8
+LEADS = ("Image {n}:", "The {nth} image:", "This is the {nth} image:", "Here is the {nth} image:")
 NUM_IMAGES = {"pair": 2, "triple": 3, "talk": 0}  # one in all other kinds
 
 
@@ -71,7 +72,8 @@ class Writer:
 
     START, HEADER, END, AFTER_END = "", "<|im_start|>{}\n", "<|im_end|>", "\n"
     IMAGE = ("<|vision_start|>", "<|image_pad|>", "<|vision_end|>")
-    AFTER_ONE_IMAGE = ""  # where text follows the only image of a message
+    NEWLINE_SHARE = 0.05  # of messages with one image have a newline after it
+    LEAD_SHARE = 0.3  # of messages with several images tell before each which one it is
     SYSTEM = SYSTEM
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -89,6 +91,10 @@ class Writer:
 
     def group(self, pictures: list[Picture]) -> ImageGroup:
         return image_group(pictures)
+
+    def after_image(self, rng: random.Random) -> str:
+        """What follows the only image of a message, before its text."""
+        return "\n" if rng.random() < self.NEWLINE_SHARE else ""
 
     def ids_of(self, text: str) -> list[int]:
         if text not in self._known:
@@ -187,9 +193,7 @@ def make_sample(
         return [first]
     if kind == "branches":
         writer.add_image(first, grids[0])
-        writer.add(first, writer.AFTER_ONE_IMAGE)
-        if rng.random() < 0.05:
-            writer.add(first, "\n")
+        writer.add(first, writer.after_image(rng))
         branches = []
         for _ in range(NUM_BRANCHES):
             branch = Segment()
@@ -202,10 +206,12 @@ def make_sample(
     question, answer = asked or questions.ask_any(all_facts[0], rng)
     if not image_first:
         writer.add_question(first, tuple(questions.plain((part,)) for part in question))  # nothing to look at yet
-    for grid in grids:
+    lead = rng.choice(LEADS) if len(grids) > 1 and rng.random() < writer.LEAD_SHARE else ""
+    for number, grid in enumerate(grids):
+        writer.add(first, lead.format(nth=ORDINALS[number], n=number + 1))
         writer.add_image(first, grid)
     if image_first:
-        writer.add(first, writer.AFTER_ONE_IMAGE if len(grids) == 1 else "")
+        writer.add(first, writer.after_image(rng) if len(grids) == 1 else "")
         writer.add_question(first, question)
     writer.answer(first, answer)
     for _ in range(rng.randint(1, 3) if kind == "turns" else 0):
