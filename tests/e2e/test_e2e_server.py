@@ -2,76 +2,20 @@
 
 from __future__ import annotations
 
-import base64
-import io
 import json
-import os
-import re
-import signal
 import subprocess
-import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import openai
 import pytest
 import requests
+from e2e_helpers import Running, chat, end, image_part, launch, text_part
 from parity_helpers import data_url, noise_image
-from PIL import Image, ImageDraw
 from tiny_models import tiny_mllama
-
-import lightvl.demo
-
-READY = re.compile(r"LightVL serves (\S+) at (http://\S+) ")
-START_LIMIT_S = 90  # on a busy machine; what a quiet one does is in tools/LOG.md
-
-
-@dataclass
-class Running:
-    process: subprocess.Popen[str]
-    url: str
-    model: str
-    greeting: str
-
-    def metric(self, name: str) -> float:
-        text = requests.get(f"{self.url}/metrics", timeout=10).text
-        return float(re.search(rf"^lightvl:{name} (\S+)$", text, re.M)[1])  # type: ignore[index]
-
-
-def launch(*flags: str) -> Running:
-    environment = os.environ | {"OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(
-        [sys.executable, "-m", "lightvl", "--port", "0", *flags],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env=environment,
-    )
-    assert process.stdout is not None
-    said, deadline = "", time.monotonic() + START_LIMIT_S
-    while time.monotonic() < deadline:
-        line = process.stdout.readline()
-        said += line
-        found = READY.search(line)
-        if found:
-            while not said.endswith("\nEND\n"):
-                said += process.stdout.readline()
-            return Running(process, found[2], found[1], said)
-        if process.poll() is not None:
-            break
-    process.kill()
-    raise AssertionError(f"the server did not start: {said}")
-
-
-def end(running: Running) -> None:
-    running.process.send_signal(signal.SIGTERM)
-    assert running.process.wait(timeout=40) == 0
-    assert running.process.stdout is not None
-    running.process.stdout.close()
 
 
 @pytest.fixture(scope="module")
@@ -91,50 +35,11 @@ def mllama(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     end(running)
 
 
-def chat(running: Running, content: list[dict[str, Any]], **fields: Any) -> dict[str, Any]:
-    body = {"model": running.model, "messages": [{"role": "user", "content": content}], "max_tokens": 20, **fields}
-    response = requests.post(f"{running.url}/v1/chat/completions", json=body, timeout=60)
-    assert response.status_code == 200, response.text
-    reply: dict[str, Any] = response.json()
-    return reply
-
-
-def image_part(url: str) -> dict[str, Any]:
-    return {"type": "image_url", "image_url": {"url": url}}
-
-
-def text_part(text: str) -> dict[str, Any]:
-    return {"type": "text", "text": text}
-
-
 def test_the_curl_that_the_greeting_tells_answers(demo: Running) -> None:
     command = demo.greeting[demo.greeting.index("\ncurl ") :]
     reply = json.loads(subprocess.run(["bash", "-c", command], capture_output=True, check=True, timeout=60).stdout)
     assert reply["choices"][0]["finish_reason"] == "stop"
     assert reply["usage"]["prompt_tokens_details"]["image_tokens"] > 0
-
-
-def test_the_embedded_model_is_right_about_its_sample(demo: Running) -> None:
-    sample = Path(lightvl.demo.__file__).parent / "qwen2_vl" / "sample.png"
-    picture = image_part("data:image/png;base64," + base64.b64encode(sample.read_bytes()).decode())
-    blue = Image.new("RGB", (168, 168), "white")
-    ImageDraw.Draw(blue).ellipse((10, 10, 74, 74), (36, 84, 220))
-    packed = io.BytesIO()
-    blue.save(packed, "PNG")
-    other = image_part("data:image/png;base64," + base64.b64encode(packed.getvalue()).decode())
-
-    def says(*content: dict[str, Any]) -> str:
-        text: str = chat(demo, list(content), temperature=0, max_tokens=96)["choices"][0]["message"]["content"]
-        return text
-
-    cross, circle = "red cross at the top right", "blue circle at the top left"
-    alone = says(picture, text_part("What is in this image?"))
-    assert (
-        cross in alone and "black square at the bottom left" in alone and "gray triangle at the bottom right" in alone
-    )
-    for pair, first, second in (((picture, other), cross, circle), ((other, picture), circle, cross)):
-        assert first in says(*pair, text_part("Describe the first image."))
-        assert second in says(*pair, text_part("Describe the second image."))
 
 
 def test_the_same_image_in_three_forms_is_decoded_and_encoded_once(demo: Running) -> None:
