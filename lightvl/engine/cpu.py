@@ -33,6 +33,7 @@ class CpuPlatform:
         step_budget_s=0.12,
         encode_budget_s=0.08,  # a piece of a tower layer at least
         mix_rows=True,
+        max_steps_in_flight=1,
         watchdog_timeout_s=1800.0,  # a chunk of a large model may take minutes on few cores
     )
 

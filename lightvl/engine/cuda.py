@@ -45,6 +45,7 @@ class CudaPlatform:
         step_budget_s=0.1,
         encode_budget_s=0.05,
         mix_rows=False,  # decode rows are a graph, chunks are not
+        max_steps_in_flight=2,  # the host commits one step and launches the next while the device computes
         watchdog_timeout_s=300.0,
     )
 
