@@ -12,9 +12,9 @@ import numpy as np
 import torch
 
 from lightvl.attention.base import CrossInputs, CrossSpan, FeatureRows, SelfInputs, StepInputs
+from lightvl.attention.transfer import to_device
 from lightvl.engine.features import FeatureStore
 from lightvl.engine.sampler import SampleRow
-from lightvl.engine.stream import to_device
 from lightvl.scheduling.plan import Row
 from lightvl.scheduling.sequence import Sequence
 
