@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from lightvl.attention.cuda_library import require_kernels
 from lightvl.config import ServerConfig
 from lightvl.engine.device import CudaDevice
 from lightvl.engine.graphs import Graph, GraphAttention
@@ -52,6 +53,7 @@ class CudaPlatform:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         torch.cuda.set_device(device)  # of this thread, which loads the weights
+        require_kernels()  # before these are read
 
     @property
     def told(self) -> str:
