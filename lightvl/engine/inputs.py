@@ -149,7 +149,8 @@ _Tokens = tuple[Int64Array, Int64Array, Int64Array]  # ids, positions and slots,
 
 
 def _tokens_of_decodes(rows: Seq[Row], page_size: int, multi_axis: bool) -> _Tokens:
-    """As below, for rows of one generated token each: without arrays per row it takes a seventh of the time."""
+    """As below, for rows of one generated token each: without arrays per row inputs of 256 are built in a third of the
+    time."""
     ids = np.array([_generated_id(row) for row in rows], dtype=np.int64)
     index = np.array([row.start for row in rows])
     positions = index
