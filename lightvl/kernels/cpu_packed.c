@@ -7,17 +7,22 @@
 static int32_t choose_table(const bf16 *w, long k, uint8_t *table) {
     int32_t counts[4][256] = {{0}}; /* several: adding to the same count again waits for the last time */
     for (long i = 0; i < k; i++) counts[i % 4][w[i] >> 8]++;
-    for (int byte = 0; byte < 256; byte++) counts[0][byte] += counts[1][byte] + counts[2][byte] + counts[3][byte];
-    int32_t others = (int32_t)k;
-    for (int code = 0; code < ESCAPE; code++) {
-        int best = 0;
-        for (int byte = 1; byte < 256; byte++)
-            if (counts[0][byte] > counts[0][best]) best = byte;
-        table[code] = (uint8_t)best;
-        others -= counts[0][best];
-        counts[0][best] = 0;
+    int32_t num = 0, count[256];
+    uint8_t byte[256]; /* those that there are */
+    for (int b = 0; b < 256; b++) {
+        int32_t all = counts[0][b] + counts[1][b] + counts[2][b] + counts[3][b];
+        if (all) byte[num] = (uint8_t)b, count[num++] = all;
     }
-    table[ESCAPE] = 0;
+    memset(table, 0, TABLE);
+    int32_t others = (int32_t)k;
+    for (int code = 0; code < ESCAPE && num > 0; code++) {
+        int best = 0;
+        for (int i = 1; i < num; i++)
+            if (count[i] > count[best]) best = i;
+        table[code] = byte[best];
+        others -= count[best];
+        byte[best] = byte[--num], count[best] = count[num];
+    }
     return others;
 }
 
