@@ -1,9 +1,10 @@
 /* y = x W^T + b in bfloat16 for few rows of x, at the speed at which memory delivers W.
 
    Decoding multiplies one to a hundred rows with every weight of the model: each weight is read from memory once and
-   used a few times, so the reading is all that counts. W stays as the checkpoint has it, (n, k) row by row; a thread
-   walks down a block of its rows, with the rows that come next on their way into the second-level cache meanwhile.
-   Blocks are handed out one by one, since a core that also hosts the event loop gets fewer of them done.
+   used a few times, so the reading is all that counts. W is packed (cpu_packed.h), and unpacked in registers, or it is
+   as the checkpoint has it, (n, k) row by row. A thread walks down a block of its rows, with what comes next on its way
+   into the cache meanwhile. Blocks are handed out one by one, since a core that also hosts the event loop gets fewer of
+   them done.
 
    Called from cpu.py, where the arguments are checked. Products and sums are in float32 (vdpbf16ps). */
 
@@ -13,7 +14,7 @@ enum {
     LANES = 32,    /* bfloat16 values in a register */
     MAX_X = 8,     /* rows of x in one tile */
     MAX_W = 4,     /* rows of W in one tile */
-    MAX_BLOCK = 96 /* rows of W handed out at once: a multiple of 3 and 4 */
+    MAX_BLOCK = 96 /* rows of W handed out at once: a multiple of 4 and GROUP, as all blocks but the last have */
 };
 
 /* W: one of the two, the other is null. */
@@ -69,14 +70,14 @@ INLINE void write_sums(const int num_x, const int num_w, __m512 sums[MAX_X][MAX_
 
 INLINE void plain_step(const int num_x, const int num_w, __m512 sums[MAX_X][MAX_W], const bf16 *w, const bf16 *x, long k,
                        __mmask32 mask) {
-    __m512i lanes[MAX_W];
+    __m512i w_lanes[MAX_W];
 #pragma GCC unroll 4
     for (int j = 0; j < num_w; j++) {
-        lanes[j] = _mm512_maskz_loadu_epi16(mask, w + j * k);
+        w_lanes[j] = _mm512_maskz_loadu_epi16(mask, w + j * k);
         /* To the second level: into the first, the prefetches would push out x. */
         _mm_prefetch((const char *)(w + (num_w + j) * k), _MM_HINT_T1);
     }
-    multiply_add(num_x, num_w, sums, lanes, x, k, mask);
+    multiply_add(num_x, num_w, sums, w_lanes, x, k, mask);
 }
 
 INLINE void plain_tile(const int num_x, const int num_w, const bf16 *w, const bf16 *x, float *y, long k) {
@@ -93,7 +94,7 @@ INLINE void packed_tile(const int num_x, const int num_w, const Packed *w, long 
     __m512 sums[MAX_X][MAX_W];
     set_zero(num_x, num_w, sums);
     const uint8_t *unit = w->units + units_of(first, w->n, w->k).first, *escaped[MAX_W];
-    __m512i tables[MAX_W], halves[MAX_W][2], lanes[MAX_W];
+    __m512i tables[MAX_W], halves[MAX_W][2], w_lanes[MAX_W];
 #pragma GCC unroll 4
     for (int j = 0; j < num_w; j++) tables[j] = table_of(w, first + j), escaped[j] = w->escaped + w->starts[first + j];
     long k = w->k;
@@ -107,8 +108,8 @@ INLINE void packed_tile(const int num_x, const int num_w, const Packed *w, long 
 #pragma GCC unroll 2
             for (int part = 0; part < 2; part++, done += LANES) {
 #pragma GCC unroll 4
-                for (int j = 0; j < num_w; j++) lanes[j] = halves[j][part];
-                multiply_add(num_x, num_w, sums, lanes, x + done, k, ~0u);
+                for (int j = 0; j < num_w; j++) w_lanes[j] = halves[j][part];
+                multiply_add(num_x, num_w, sums, w_lanes, x + done, k, ~0u);
             }
         }
     }
