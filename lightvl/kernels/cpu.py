@@ -22,8 +22,8 @@ MAX_LINEAR_ROWS = 128
 PACKED_UNIT, PACKED_UNIT_BYTES, PACKED_TABLE = 128, 192, 16
 """UNIT, UNIT_BYTES and TABLE of cpu_packed.h."""
 MAX_ESCAPED = 1 / 512
-"""Of a packed matrix' weights. With more of them a plain matrix is multiplied as fast. Normally distributed weights have
-one in ten thousand at most."""
+"""Of a packed matrix' weights. With more a plain matrix is multiplied as fast; normally distributed ones have one in ten
+thousand at most."""
 
 
 class _Attention(ctypes.Structure):
@@ -90,18 +90,18 @@ class PackedMatrix:
         """Not filled yet. num_escaped (n,) int32: weights of each row whose high byte is not in its table."""
         self.shape = len(tables), num_in
         ends = num_escaped.cumsum(0, dtype=torch.int32)
-        units = _huge(len(tables) * num_in // PACKED_UNIT * PACKED_UNIT_BYTES)
+        units = empty_weight((len(tables), num_in // PACKED_UNIT * PACKED_UNIT_BYTES), torch.uint8)
         self.tensors = units, tables, torch.empty(int(ends[-1]), dtype=torch.uint8), ends - num_escaped
         self.struct = _Packed(*(tensor.data_ptr() for tensor in self.tensors), *self.shape)
 
 
-def _huge(num_bytes: int) -> torch.Tensor:
-    """(num_bytes,) uint8, in huge pages where the system has them: reading weights once a step, translating addresses
-    takes up to a tenth of the time."""
-    memory = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+def empty_weight(shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
+    """In huge pages where the system has them: of reading all weights once a step, translating addresses takes up to a
+    tenth of the time. Given back to the system when freed, which malloc does not do below its heap's top."""
+    memory = mmap.mmap(-1, shape[0] * shape[1] * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     with contextlib.suppress(OSError):
         memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=torch.uint8)
+    return torch.frombuffer(memory, dtype=dtype).view(shape)
 
 
 class CpuKernels:

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from lightvl.kernels.cpu import MAX_LINEAR_ROWS, CpuKernels, PackedMatrix, cpu_kernels
+from lightvl.kernels.cpu import MAX_LINEAR_ROWS, CpuKernels, PackedMatrix, cpu_kernels, empty_weight
 from lightvl.models.load import Target
 
 PACK_ROWS_HINT = 64
@@ -114,7 +114,10 @@ class Linear(nn.Module):
     def _fill_rows(self, start: int, piece: torch.Tensor) -> None:
         if self._weight is None:  # only now, so that a whole model's plain matrices never exist at once
             shape = (self._out_features, self._in_features)
-            self._weight = torch.empty(shape, dtype=self._dtype, device=self._device)
+            if self._kernels is not None:
+                self._weight = empty_weight(shape, self._dtype)
+            else:
+                self._weight = torch.empty(shape, dtype=self._dtype, device=self._device)
         self._weight[start : start + len(piece)].copy_(piece)
         self._num_empty -= 1
         if self._num_empty == 0:
