@@ -22,8 +22,8 @@ MAX_LINEAR_ROWS = 128
 PACKED_UNIT, PACKED_UNIT_BYTES, PACKED_TABLE = 128, 192, 16
 """UNIT, UNIT_BYTES and TABLE of cpu_packed.h."""
 MAX_ESCAPED = 1 / 512
-"""Of a packed matrix' weights. With more a plain matrix is multiplied as fast; normally distributed ones have one in ten
-thousand at most."""
+"""Of a packed matrix' weights: with more, a plain one is multiplied as fast. Normally distributed ones have one in
+ten thousand at most."""
 
 
 class _Attention(ctypes.Structure):
