@@ -10,6 +10,7 @@ attention  the backend, the decoder's fused operations and the towers' attention
 families   every model family against HF on tiny models: at most twice the error of HF in bfloat16
 graphs     CUDA graphs against eager bit by bit; chunked, batched and preempted sequences within the bound of `families`
 speed      decode, prefill and encode of Qwen2-VL-7B and Llama-3.2-11B-Vision against this GPU's measured ceilings
+memory     what clients can ask at once fits; where others take the memory, a 503, and the server goes on
 server     the embedded model over HTTP: answers as right as on a CPU, and how fast
 
 Prints each check when it is known and a table last; writes gpu_check.json and gpu_check.log after every check to --out
@@ -88,7 +89,7 @@ def run_child(args: argparse.Namespace) -> int:
     faulthandler.enable()
     faulthandler.dump_traceback_later(max(1.0, args.until - time.time() - 2))  # where it hung, before it is killed
     part = importlib.import_module(f"gpu.{args.child}")
-    part.run(Context(args.child, args.device, args.until - time.time(), emit_line, args.after))
+    part.run(Context(args.child, args.device, args.until - time.time(), emit_line, args.after, profiles=args.profile))
     faulthandler.cancel_dump_traceback_later()
     return 0
 
@@ -103,6 +104,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--compare", type=Path, nargs="+", metavar="JSON", help="an older run's result; with two, nothing is run"
     )
+    parser.add_argument("--profile", action="store_true", help="tell in the log which kernels take the time of `speed`")
     parser.add_argument("--child", choices=list(BUDGETS_S), help=argparse.SUPPRESS)
     parser.add_argument("--until", type=float, help=argparse.SUPPRESS)  # seconds of the epoch
     parser.add_argument("--after", help=argparse.SUPPRESS)
@@ -131,7 +133,8 @@ def main() -> int:
             return 2
     started = time.monotonic()
     parts = [part for part in BUDGETS_S if part in args.parts or not args.parts]
-    run = Run(Path(__file__).resolve(), parts, args.device, args.out, describe_machine(gpu))
+    flags = ("--profile",) if args.profile else ()
+    run = Run(Path(__file__).resolve(), parts, args.device, args.out, describe_machine(gpu), flags=flags)
     rows = run.run()
     print(f"\n{run.machine['gpu']}, {run.machine['commit']}")
     print(table(condensed(rows)))

@@ -3,8 +3,6 @@
 Made by `engine/cuda.py`, called on the lane thread's current stream; nothing here waits for the device. A step of one
 token per row is a decode; any other is a prefill in one launch, decode rows among it (the scheduler keeps them apart,
 since the decode kernel is faster for them). `fixed_decode` gives decode steps for CUDA graphs.
-
-Nothing in the `cuda_*` modules has run on a GPU yet: see tools/LOG.md.
 """
 
 from __future__ import annotations

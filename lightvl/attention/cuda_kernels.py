@@ -18,6 +18,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 import torch
 
+from lightvl.attention import transfer
 from lightvl.attention.cuda_library import flashinfer
 from lightvl.attention.cuda_plan import Ints, PagedRows
 
@@ -211,11 +212,8 @@ def host(array: Ints) -> torch.Tensor:
 
 
 def pinned(array: Ints, device: torch.device) -> torch.Tensor:
-    """On the host, where `device` can copy it from without waiting for all work queued before. torch's allocator gives
-    a pinned block out again only after the copies from it."""
-    tensor = host(array)
-    return tensor.pin_memory() if device.type == "cuda" else tensor
+    return transfer.pinned(host(array), device)
 
 
 def send(array: Ints, device: torch.device) -> torch.Tensor:
-    return pinned(array, device).to(device, non_blocking=True)
+    return transfer.to_device(host(array), device)

@@ -6,7 +6,10 @@ Used by the `cuda_*` modules beside it; knows what they need of it: the version 
 from __future__ import annotations
 
 import functools
+import importlib.util
 import os
+import shutil
+from pathlib import Path
 from types import ModuleType
 
 from lightvl.errors import ConfigError
@@ -30,3 +33,15 @@ def flashinfer() -> ModuleType:
         )
     module: ModuleType = library
     return module
+
+
+def require_kernels() -> None:
+    """Raises ConfigError where flashinfer's kernels are neither compiled ahead nor can be compiled here, which it would
+    try when the first step runs."""
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH") or "/usr/local/cuda"
+    has_compiler = shutil.which("nvcc") is not None or Path(home, "bin", "nvcc").is_file()
+    if not has_compiler and importlib.util.find_spec("flashinfer_jit_cache") is None:
+        raise ConfigError(
+            "serving on CUDA needs flashinfer's kernels, compiled ahead (by tools/build_kernels.py, or as the package "
+            f"flashinfer-jit-cache {FLASHINFER}) or by nvcc of a CUDA toolkit (CUDA_HOME); there is neither"
+        )

@@ -1,7 +1,7 @@
-"""The elementwise operations between a decoder's matmuls: norms, the gated activation, rope. One small seam, chosen by
-device when a model is built: torch and our own kernels for CPUs here, flashinfer's fused kernels in `cuda_ops.py`.
+"""The elementwise operations between the matmuls of decoders and vision towers: norms, activations, rope. One small
+seam, chosen by device when a model is built: torch and our own kernels for CPUs here, fused kernels in `cuda_ops.py`.
 
-Called by `models/decoder.py` and `models/rope.py`; knows no layers. T tokens, D head size.
+Called by `models`; knows no layers. T tokens or patches, D head size.
 """
 
 from __future__ import annotations
@@ -34,6 +34,10 @@ class Ops(Protocol):
         """silu(gate) * up of (T, 2 * size), gate first, to (T, size)."""
         ...
 
+    def quick_gelu(self, x: torch.Tensor) -> torch.Tensor:
+        """x * sigmoid(1.702 x). May overwrite x, which is dense."""
+        ...
+
     def rope_table(self, cos: torch.Tensor, sin: torch.Tensor) -> RopeTable:
         """From cos and sin of a step's angles, each (T, D / 2) float32."""
         ...
@@ -63,6 +67,9 @@ class TorchOps:
     def silu_and_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
         gate, up = gate_up.chunk(2, -1)
         return F.silu(gate).mul_(up)
+
+    def quick_gelu(self, x: torch.Tensor) -> torch.Tensor:
+        return (x * 1.702).sigmoid_().mul_(x)
 
     def rope_table(self, cos: torch.Tensor, sin: torch.Tensor) -> RopeTable:
         """As `apply_rope` wants them."""
@@ -101,6 +108,9 @@ class CpuKernelOps:
 
     def silu_and_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
         return self._kernels.silu_and_mul(gate_up)
+
+    def quick_gelu(self, x: torch.Tensor) -> torch.Tensor:
+        return self._kernels.quick_gelu_(x)
 
     def rope_table(self, cos: torch.Tensor, sin: torch.Tensor) -> RopeTable:
         return cos.contiguous(), sin.contiguous()

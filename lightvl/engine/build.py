@@ -106,6 +106,7 @@ def build_service(config: ServerConfig, metrics: Metrics) -> LightVLService:
         context_len=context_len,
         step_budget_s=defaults.step_budget_s,
         encode_budget_s=defaults.encode_budget_s,
+        max_steps_in_flight=defaults.max_steps_in_flight,
         mix_rows=defaults.mix_rows,
     )
     largest_image = _largest_image(model.family)

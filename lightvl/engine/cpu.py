@@ -7,11 +7,9 @@ import torch
 from lightvl.attention.cpu import CpuAttention, encoder_attention
 from lightvl.config import ServerConfig
 from lightvl.engine.device import CpuDevice
-from lightvl.engine.features import FeatureStore
-from lightvl.engine.inputs import PageTable
 from lightvl.engine.memory import Budget, LargestImage, available_bytes, plan_memory
 from lightvl.engine.platform import Defaults, Machine
-from lightvl.engine.runner import Runner
+from lightvl.engine.runner import make_runner
 from lightvl.engine.stream import CpuStream
 from lightvl.errors import ConfigError
 from lightvl.kernels.cpu import cpu_kernels
@@ -33,6 +31,7 @@ class CpuPlatform:
         step_budget_s=0.12,
         encode_budget_s=0.08,  # a piece of a tower layer at least
         mix_rows=True,
+        max_steps_in_flight=1,
         watchdog_timeout_s=1800.0,  # a chunk of a large model may take minutes on few cores
     )
 
@@ -67,12 +66,5 @@ class CpuPlatform:
             num_cross_pages=memory.num_cross_pages,
             cross_page_len=model.family.cross_page_len,
         )
-        runner = Runner(
-            model,
-            attention,
-            FeatureStore(model, attention, encoder_attention),
-            PageTable(limits.max_running, min(memory.num_pages, -(-limits.context_len // limits.page_size))),
-            limits.page_size,
-            CpuStream(),
-        )
+        runner = make_runner(model, attention, encoder_attention, limits, CpuStream())
         return Machine(CpuDevice(runner.run), memory)

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from lightvl.attention.cuda_library import require_kernels
 from lightvl.config import ServerConfig
 from lightvl.engine.device import CudaDevice
 from lightvl.engine.graphs import Graph, GraphAttention
@@ -45,12 +46,14 @@ class CudaPlatform:
         step_budget_s=0.1,
         encode_budget_s=0.05,
         mix_rows=False,  # decode rows are a graph, chunks are not
+        max_steps_in_flight=2,  # the host commits one step and launches the next while the device computes
         watchdog_timeout_s=300.0,
     )
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         torch.cuda.set_device(device)  # of this thread, which loads the weights
+        require_kernels()  # before these are read
 
     @property
     def told(self) -> str:

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import torch
 
 from lightvl.attention.base import AttentionBackend, EncoderAttention
-from lightvl.engine.stream import to_device
+from lightvl.attention.transfer import to_device
 from lightvl.models.family import Encoding
 from lightvl.models.model import Model
 from lightvl.scheduling.plan import EncodeWork

@@ -42,8 +42,8 @@ class _Black:
 
 
 def largest_encodes(family: Family, job_patches: int) -> list[StepPlan]:
-    """As many images as are encoded together, at least one: of the largest, and of small ones, of which a tower that
-    pads each image to full size computes more. None for a text-only model."""
+    """As many images as are encoded together, at least one: of the largest first, then of small ones, of which a tower
+    that pads each image to full size computes more. None for a text-only model."""
     made = []
     for layout in dict.fromkeys([*probe_layouts(family), *probe_layouts(family, SMALL_SIZES)]):
         black = np.zeros((layout.height, layout.width, 3), dtype=np.uint8)

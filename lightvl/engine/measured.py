@@ -9,18 +9,18 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import torch
 
 from lightvl.attention.base import EncoderAttention
 from lightvl.config import ServerConfig
-from lightvl.engine.features import JOB_PATCHES, FeatureStore
+from lightvl.engine.features import JOB_PATCHES
 from lightvl.engine.graphs import DecodeGraphs, Graph, GraphAttention, batch_sizes
-from lightvl.engine.inputs import PageTable
 from lightvl.engine.largest import largest_encodes, largest_rows
 from lightvl.engine.memory import Budget, LargestImage, MemoryPlan, plan_memory
-from lightvl.engine.runner import Runner
+from lightvl.engine.runner import Runner, make_runner
 from lightvl.engine.stream import Stream
 from lightvl.models.model import Model
 from lightvl.scheduling.limits import SchedulerLimits
@@ -99,7 +99,7 @@ def build_runner(
     graphs = None
     if sizes:
         graphs = DecodeGraphs(model, attention, sizes, kit.make_graphs_pool(), kit.meter.free_bytes)
-    runner = _runner(model, attention, limits, kit, graphs)
+    runner = make_runner(model, attention, kit.encoder_attention, limits, kit.stream, graphs)
     return runner, memory, [_needs_line(needs), _graphs_line(graphs, sizes, time.monotonic() - began, kit.meter)]
 
 
@@ -111,15 +111,16 @@ def _measure(model: Model, limits: SchedulerLimits, largest: LargestImage, sizes
     num_cross_pages = largest.num_cross_pages if model.family.cross_page_len else 0
     attention = kit.make_attention(1, num_cross_pages)
     backend = max(0, before - meter.free_bytes())
-    runner = _runner(model, attention, limits, kit, None)
+    runner = make_runner(model, attention, kit.encoder_attention, limits, kit.stream)
 
-    def peak_of(plan: StepPlan) -> int:
-        _run(runner, plan)  # what the first run leaves for good (loaded kernels, workspaces) is no part of the peak
-        return meter.peak_bytes(lambda: _run(runner, plan))
+    def peak_of(plans: Sequence[StepPlan]) -> int:
+        """What the first run leaves for good (loaded kernels, workspaces) is no part of it."""
+        for plan in plans[-1:]:  # the cheapest: the largest image of Qwen2-VL takes seconds
+            _run(runner, plan)
+        return max((meter.peak_bytes(partial(_run, runner, plan)) for plan in plans), default=0)
 
-    encode_plans = largest_encodes(model.family, JOB_PATCHES[model.device.type])
-    encode = max((peak_of(plan) for plan in encode_plans), default=0)
-    rows = peak_of(largest_rows(limits, num_cross_pages))
+    encode = peak_of(largest_encodes(model.family, JOB_PATCHES[model.device.type]))
+    rows = peak_of([largest_rows(limits, num_cross_pages)])
     graphs = _measure_graphs(model, attention, sizes, kit) if sizes else 0
     margin = max(MARGIN_BYTES, int(meter.total_bytes * MARGIN_SHARE))
     return Needs(encode=encode, rows=rows, graphs=graphs, backend=backend, margin=margin)
@@ -150,24 +151,6 @@ def _run(runner: Runner, plan: StepPlan) -> None:
     for error in (result.rows_error, *result.encode_errors.values()):
         if error is not None:
             raise error.__cause__ or error
-
-
-def _runner(
-    model: Model,
-    attention: GraphAttention,
-    limits: SchedulerLimits,
-    kit: Kit,
-    graphs: DecodeGraphs | None,
-) -> Runner:
-    return Runner(
-        model,
-        attention,
-        FeatureStore(model, attention, kit.encoder_attention),
-        PageTable(limits.max_running, -(-limits.context_len // limits.page_size)),
-        limits.page_size,
-        kit.stream,
-        graphs,
-    )
 
 
 def _budget(fraction: float | None, needs: Needs, meter: Meter) -> Budget:

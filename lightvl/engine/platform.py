@@ -27,6 +27,7 @@ class Defaults:
     step_budget_s: float  # of a step that decodes: what a reader of a stream may have to wait for others' prefill
     encode_budget_s: float  # of images, in a step that decodes
     mix_rows: bool
+    max_steps_in_flight: int
     watchdog_timeout_s: float
 
 

@@ -14,16 +14,18 @@ from typing import Any
 import numpy as np
 import torch
 
-from lightvl.attention.base import AttentionBackend
+from lightvl.attention.base import AttentionBackend, EncoderAttention
+from lightvl.attention.transfer import to_device
 from lightvl.core import TokenLogprob
 from lightvl.engine.device import DeviceLost, StepResult
 from lightvl.engine.features import FeatureStore
 from lightvl.engine.graphs import DecodeGraphs
 from lightvl.engine.inputs import HostInputs, PageTable, build_inputs
 from lightvl.engine.sampler import Sampled, SampleRow, fetch, sample, to_host
-from lightvl.engine.stream import Stream, to_device
+from lightvl.engine.stream import Stream
 from lightvl.errors import Overloaded
 from lightvl.models.model import Model
+from lightvl.scheduling.limits import SchedulerLimits
 from lightvl.scheduling.plan import Row, StepOutcome, StepPlan
 from lightvl.scheduling.sequence import Sequence
 
@@ -167,6 +169,19 @@ class Runner:
         at, which = to_device(torch.from_numpy(np.array([slots, sampled_idx])), token_ids.device)
         # a broken row's sequence ends; until that is known, its next step must get an id that exists
         self._last_tokens.index_copy_(0, at, token_ids.index_select(0, which).clamp_min_(0))
+
+
+def make_runner(
+    model: Model,
+    attention: AttentionBackend,
+    encoder_attention: EncoderAttention,
+    limits: SchedulerLimits,
+    stream: Stream,
+    graphs: DecodeGraphs | None = None,
+) -> Runner:
+    features = FeatureStore(model, attention, encoder_attention)
+    page_table = PageTable(limits.max_running, -(-limits.context_len // limits.page_size))
+    return Runner(model, attention, features, page_table, limits.page_size, stream, graphs)
 
 
 def _told(error: Exception) -> Exception:

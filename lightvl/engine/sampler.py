@@ -21,10 +21,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from lightvl.attention.transfer import to_device
 from lightvl.core import SamplingParams, TokenLogprob
 from lightvl.engine.noise import UInt64Array, gumbel_noise, hash_choices, hash_positions
 from lightvl.engine.renorm import kept_tokens, renorm_for
-from lightvl.engine.stream import Stream, to_device
+from lightvl.engine.stream import Stream
 
 # Measured on one core with rows of 152k logits (tools/LOG.md).
 NUM_HEAD = 1024  # best logits in which a threshold is looked for first: 0.7 ms a row, sorting all takes 13

@@ -1,7 +1,7 @@
-"""A device's queue of work, seen from the host: transfers that do not wait, and marks to wait for.
+"""A device's queue of work, seen from the host: results that come back, and marks to wait for.
 
-Used by the runner, the inputs and the sampler on the lane thread, and for read-back. On a CPU all work is done when the
-call that asked for it returns, so transfers are no copies and marks are moments.
+Used by the runner and the sampler on the lane thread, and for read-back. On a CPU all work is done when the call that
+asked for it returns, so results are no copies and marks are moments.
 """
 
 from __future__ import annotations
@@ -79,9 +79,3 @@ class CudaStream:
 
     def seconds(self, first: torch.cuda.Event, last: torch.cuda.Event) -> float:
         return float(first.elapsed_time(last)) / 1e3
-
-
-def to_device(x: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Pinned on the way to a GPU: a copy from pageable memory would wait for all work queued before it. The pinned
-    block is given out again only after the copy, which torch's allocator for host memory sees to."""
-    return x if device.type == "cpu" else x.pin_memory().to(device, non_blocking=True)

@@ -7,15 +7,23 @@ weights at half to two thirds of the memory's speed, and each small operation of
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import importlib.util
+import mmap
 from pathlib import Path
 
 import torch
 
 MAX_LINEAR_ROWS = 128
 """Rows of x up to which `linear` is the fastest way; oneDNN's blocking wins beyond (tools/LOG.md)."""
+
+PACKED_UNIT, PACKED_UNIT_BYTES, PACKED_TABLE = 128, 192, 16
+"""UNIT, UNIT_BYTES and TABLE of cpu_packed.h."""
+MAX_ESCAPED = 1 / 512
+"""Of a packed matrix' weights: with more, a plain one is multiplied as fast. Normally distributed ones have one in
+ten thousand at most."""
 
 
 class _Attention(ctypes.Structure):
@@ -29,10 +37,23 @@ class _Attention(ctypes.Structure):
     )
 
 
+class _Packed(ctypes.Structure):
+    """`Packed` of cpu_packed.h."""
+
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("units", "tables", "escaped", "starts")),
+        *((name, ctypes.c_long) for name in ("num_out", "num_in")),
+    )
+
+
 _POINTER, _LONG, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_long, ctypes.c_int, ctypes.c_float
 _SIGNATURES = {
     "lightvl_supported": ([], _INT),
     "lightvl_linear": ([_POINTER] * 4 + [_LONG] * 3 + [_INT], None),
+    "lightvl_packed_linear": ([ctypes.POINTER(_Packed)] + [_POINTER] * 3 + [_LONG, _INT], None),
+    "lightvl_choose_tables": ([_POINTER] * 3 + [_LONG] * 2 + [_INT], None),
+    "lightvl_pack": ([_POINTER] * 5 + [_LONG] * 2 + [_INT], None),
+    "lightvl_unpack": ([ctypes.POINTER(_Packed)] + [_POINTER] * 2 + [_LONG, _INT], None),
     "lightvl_attention_scratch": ([_POINTER, _LONG, _LONG, _LONG], _LONG),
     "lightvl_decode_attention": ([ctypes.POINTER(_Attention), _INT], None),
     "lightvl_rms_norm": ([_POINTER] * 4 + [_LONG] * 2 + [_FLOAT, _INT], None),
@@ -62,21 +83,72 @@ def open_kernels(path: Path) -> CpuKernels | None:
     return CpuKernels(library) if library.lightvl_supported() else None
 
 
+class PackedMatrix:
+    """An (n, k) matrix in 12 bits a weight, exactly; made by `CpuKernels.pack`, laid out as cpu_packed.h tells."""
+
+    def __init__(self, num_in: int, tables: torch.Tensor, num_escaped: torch.Tensor) -> None:
+        """Not filled yet. num_escaped (n,) int32: weights of each row whose high byte is not in its table."""
+        self.shape = len(tables), num_in
+        ends = num_escaped.cumsum(0, dtype=torch.int32)
+        units = empty_weight((len(tables), num_in // PACKED_UNIT * PACKED_UNIT_BYTES), torch.uint8)
+        self.tensors = units, tables, torch.empty(int(ends[-1]), dtype=torch.uint8), ends - num_escaped
+        self.struct = _Packed(*(tensor.data_ptr() for tensor in self.tensors), *self.shape)
+
+
+def empty_weight(shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
+    """In huge pages where the system has them: of reading all weights once a step, translating addresses takes up to a
+    tenth of the time. Given back to the system when freed, which malloc does not do below its heap's top."""
+    memory = mmap.mmap(-1, shape[0] * shape[1] * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    with contextlib.suppress(OSError):
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=dtype).view(shape)
+
+
 class CpuKernels:
     """All tensors are bfloat16 on the CPU unless said otherwise."""
 
     def __init__(self, library: ctypes.CDLL) -> None:
         self._library = library
 
-    def linear(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        """x (..., k), weight (n, k) and bias (n,) or None, both dense, to (..., n)."""
+    def linear(self, x: torch.Tensor, weight: torch.Tensor | PackedMatrix, bias: torch.Tensor | None) -> torch.Tensor:
+        """x (..., k), weight (n, k) and bias (n,) or None, all dense, to (..., n): the same bits, packed or not."""
         num_out, num_in = weight.shape
-        assert x.shape[-1] == num_in and x.dtype == weight.dtype == torch.bfloat16 and weight.is_contiguous()
+        assert x.shape[-1] == num_in and x.dtype == torch.bfloat16
         x = x.contiguous()
         out = x.new_empty(*x.shape[:-1], num_out)
-        bias_ptr = None if bias is None else bias.data_ptr()
-        operands = weight.data_ptr(), x.data_ptr(), bias_ptr, out.data_ptr()
-        self._library.lightvl_linear(*operands, x.numel() // num_in, num_in, num_out, torch.get_num_threads())
+        operands = x.data_ptr(), None if bias is None else bias.data_ptr(), out.data_ptr(), x.numel() // num_in
+        threads = torch.get_num_threads()
+        if isinstance(weight, PackedMatrix):
+            self._library.lightvl_packed_linear(ctypes.byref(weight.struct), *operands, threads)
+        else:
+            assert weight.is_contiguous() and weight.dtype == torch.bfloat16
+            self._library.lightvl_linear(weight.data_ptr(), *operands, num_in, num_out, threads)
+        return out
+
+    def pack(self, weight: torch.Tensor) -> PackedMatrix | None:
+        """weight (n, k), dense. None where it would not become small: k is not a multiple of 128, or many weights are
+        of rare magnitudes."""
+        num_out, num_in = weight.shape
+        assert weight.is_contiguous() and weight.dtype == torch.bfloat16
+        if num_in % PACKED_UNIT or not weight.numel():
+            return None
+        tables = torch.empty(num_out, PACKED_TABLE, dtype=torch.uint8)
+        num_escaped = torch.empty(num_out, dtype=torch.int32)
+        weight_ptr, sizes = weight.data_ptr(), (num_out, num_in, torch.get_num_threads())
+        self._library.lightvl_choose_tables(weight_ptr, tables.data_ptr(), num_escaped.data_ptr(), *sizes)
+        if int(num_escaped.sum()) > weight.numel() * MAX_ESCAPED:
+            return None
+        packed = PackedMatrix(num_in, tables, num_escaped)
+        to = packed.struct
+        self._library.lightvl_pack(weight_ptr, to.tables, to.starts, to.units, to.escaped, *sizes)
+        return packed
+
+    def unpack(self, matrix: PackedMatrix, rows: torch.Tensor) -> torch.Tensor:
+        """The rows (R,) int64, in range, of the matrix, (R, k)."""
+        assert rows.dtype == torch.int64 and rows.is_contiguous()
+        out = torch.empty(len(rows), matrix.shape[1], dtype=torch.bfloat16)
+        operands = ctypes.byref(matrix.struct), rows.data_ptr(), out.data_ptr()
+        self._library.lightvl_unpack(*operands, len(rows), torch.get_num_threads())
         return out
 
     def decode_attention(

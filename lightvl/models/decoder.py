@@ -177,7 +177,8 @@ class Decoder:
 
     def __init__(self, config: DecoderConfig, dtype: torch.dtype, device: torch.device) -> None:
         self.config, self.dtype = config, dtype
-        self._embedding = torch.empty(config.embedding_rows, config.hidden_size, dtype=dtype, device=device)
+        shape = config.embedding_rows, config.hidden_size
+        self._embedding: torch.Tensor | None = torch.empty(shape, dtype=dtype, device=device)  # None: the head has it
         ops = ops_for(device, dtype)
         self._rope = Rope(config, device, ops)
         self._layers: list[SelfLayer | CrossLayer] = []
@@ -194,8 +195,7 @@ class Decoder:
     def forward(self, inputs: StepInputs, attention: StepAttention) -> torch.Tensor | None:
         """Logits (S, vocab_size) in the model's dtype, for the tokens of `logits_idx`; None when none are wanted.
         The backend must have been prepared for these inputs."""
-        # An image token may lie beyond the embedding (original LLaVA): its row is replaced by a feature.
-        x = F.embedding(inputs.token_ids.clamp_max(len(self._embedding) - 1), self._embedding)
+        x = self._embed(inputs.token_ids)
         for feature in inputs.features:
             x[feature.start : feature.start + len(feature.rows)] = feature.rows
         rope = self._rope.table(inputs.positions)
@@ -214,7 +214,8 @@ class Decoder:
             layer.write(features, pages, attention)
 
     def weight_part(self) -> WeightPart:
-        targets = {"embed_tokens.weight": Target(tuple(self._embedding.shape), self._fill_embedding)}
+        embedding_shape = self.config.embedding_rows, self.config.hidden_size
+        targets = {"embed_tokens.weight": Target(embedding_shape, self._fill_embedding)}
         for layer_idx, layer in enumerate(self._layers):
             targets |= _under(f"layers.{layer_idx}.", layer.weight_targets())
         targets["norm.weight"] = self._norm.weight.target()
@@ -222,10 +223,18 @@ class Decoder:
             return WeightPart("decoder", NAMES, targets, excused=r"lm_head\.weight")
         return WeightPart("decoder", NAMES, targets | self._head.weight_targets())
 
+    def _embed(self, token_ids: torch.Tensor) -> torch.Tensor:
+        # An image token may lie beyond the embedding (original LLaVA): its row is replaced by a feature.
+        idx = token_ids.clamp_max(self.config.embedding_rows - 1)
+        return self._head.rows(idx) if self._embedding is None else F.embedding(idx, self._embedding)
+
     def _fill_embedding(self, tensor: torch.Tensor) -> None:
+        assert self._embedding is not None
         self._embedding.copy_(tensor)
         if self.config.tied_head:
-            self._head.use_weight(self._embedding[: self.config.vocab_size])
+            is_kept = self._head.use_weight(self._embedding[: self.config.vocab_size])
+            if is_kept and self.config.vocab_size == self.config.embedding_rows:
+                self._embedding = None
 
 
 def _under(prefix: str, targets: dict[str, Target]) -> dict[str, Target]:

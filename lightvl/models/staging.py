@@ -29,6 +29,7 @@ class _Buffer:
         self._memory = torch.empty(size, dtype=torch.uint8, pin_memory=self._is_cuda)
         self._taken: torch.cuda.Event | None = None
 
+    @torch.inference_mode()  # of each thread its own; without it memory made under it cannot be written
     def read(self, source: torch.Tensor) -> None:
         """On a thread of its own. source (n,) uint8, of a mapped file."""
         if self._taken is not None:

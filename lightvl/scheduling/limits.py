@@ -19,7 +19,7 @@ class SchedulerLimits:
     context_len: int
     step_budget_s: float  # aim for a step with decode rows; the chunk beside them is shrunk to it
     encode_budget_s: float  # of a step while streams run; several times this without
-    max_steps_in_flight: int = 1
+    max_steps_in_flight: int = 1  # launched and not committed
     mix_rows: bool = True  # False: a step holds chunks or decode rows, in turns
 
 

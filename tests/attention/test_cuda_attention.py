@@ -7,6 +7,7 @@ from __future__ import annotations
 import sys
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from random import Random
 from types import ModuleType
 from typing import Any
@@ -312,3 +313,14 @@ def test_recorded_signatures_are_the_librarys(monkeypatch: pytest.MonkeyPatch) -
     library = pytest.importorskip("flashinfer")
     assert library.__version__.startswith(cuda_library.FLASHINFER)
     assert installed_signatures(library) == {name: str(each) for name, each in recorded_signatures().items()}
+
+
+def test_kernels_that_cannot_be_had_are_told_at_start(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("CUDA_HOME", str(tmp_path))
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(cuda_library.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match="flashinfer-jit-cache"):
+        cuda_library.require_kernels()
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin/nvcc").touch()
+    cuda_library.require_kernels()

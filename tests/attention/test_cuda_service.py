@@ -57,7 +57,7 @@ def platform(monkeypatch: pytest.MonkeyPatch) -> LateCudaPlatform:
     monkeypatch.setattr(cuda, "DTYPES", WITH_FLOAT32)
     monkeypatch.setattr(flashinfer_helpers, "HALF", WITH_FLOAT32)
     platform = LateCudaPlatform(delay_s=lambda step: 0.001 * (step % 3))
-    platform.defaults = replace(platform.defaults, mix_rows=False)
+    platform.defaults = replace(platform.defaults, mix_rows=False, max_steps_in_flight=2)
     monkeypatch.setattr(build, "_pick_platform", lambda config: platform)
     return platform
 
@@ -70,8 +70,6 @@ async def test_answers_are_hfs(family: str, platform: LateCudaPlatform, tmp_path
     again: list[Turns] = [[*turns, ("assistant", ["Yes."]), ("user", ["Why?"])] for turns in all_turns]
     flags = {"chunked_prefill_size": 32, "max_running_requests": 6, "mem_fraction_static": None}
     async with serving(oracle, **flags) as service:
-        scheduler = service.engine._scheduler
-        scheduler.limits = replace(scheduler.limits, max_steps_in_flight=2)
         for asked in (all_turns, again):
             answers = await asyncio.gather(
                 *(ask(service, turns, max_tokens=6 + 2 * i) for i, turns in enumerate(asked))

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightvl.kernels.cpu import MAX_LINEAR_ROWS, CpuKernels, cpu_kernels, open_kernels
+from lightvl.kernels.cpu import MAX_LINEAR_ROWS, CpuKernels, PackedMatrix, cpu_kernels, open_kernels
 from lightvl.models import linear as linear_module
 from lightvl.models.linear import Linear
 
@@ -73,24 +73,39 @@ def test_bit_equal_with_any_company_and_threads(kernels: CpuKernels, threads: in
         torch.set_num_threads(before)
 
 
+class Counted:
+    """The kernels, with a note of how many rows were multiplied by them."""
+
+    def __init__(self, kernels: CpuKernels) -> None:
+        self.pack, self.unpack, self._kernels = kernels.pack, kernels.unpack, kernels
+        self.calls: list[int] = []
+
+    def linear(self, x: torch.Tensor, weight: torch.Tensor | PackedMatrix, bias: torch.Tensor | None) -> torch.Tensor:
+        self.calls.append(len(x))
+        return self._kernels.linear(x, weight, bias)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("num_in", [64, 256])  # not packed, packed
 @pytest.mark.parametrize("few_rows", [True, False])
-def test_linear_chooses(kernels: CpuKernels, few_rows: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    calls: list[int] = []
-
-    class Counted:
-        def linear(self, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-            calls.append(len(x))
-            return kernels.linear(x, weight, bias)
-
-    monkeypatch.setattr(linear_module, "cpu_kernels", Counted)
-    weight = torch.randn(24, 64).bfloat16()
-    linear = Linear(64, {"a": 24}, bias=False, dtype=torch.bfloat16, device=torch.device("cpu"), few_rows=few_rows)
+def test_linear_chooses(
+    kernels: CpuKernels, few_rows: bool, num_in: int, bias: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    counted = Counted(kernels)
+    monkeypatch.setattr(linear_module, "cpu_kernels", lambda: counted)
+    monkeypatch.setattr(linear_module, "SLAB_SIZE", 256 * 64)  # several slabs
+    weight, offset = torch.randn(200, num_in).bfloat16(), torch.randn(200).bfloat16()
+    cpu = torch.device("cpu")
+    linear = Linear(num_in, {"a": 200}, bias=bias, dtype=torch.bfloat16, device=cpu, few_rows=few_rows)
     linear.weight_targets()["a.weight"].fill(weight)
+    if bias:
+        linear.weight_targets()["a.bias"].fill(offset)
     for rows in (1, MAX_LINEAR_ROWS, MAX_LINEAR_ROWS + 1):
-        x = torch.randn(rows, 64).bfloat16()
-        wanted = torch.nn.functional.linear(x.float(), weight.float())
+        x = torch.randn(rows, num_in).bfloat16()
+        wanted = torch.nn.functional.linear(x.float(), weight.float(), offset.float() if bias else None)
         torch.testing.assert_close(linear.forward(x).float(), wanted, rtol=2**-7, atol=1e-3)
-    assert calls == ([1, MAX_LINEAR_ROWS] if few_rows else [])
+        torch.testing.assert_close(linear.forward(x[:, None])[:, 0].float(), wanted, rtol=2**-7, atol=1e-3)
+    assert counted.calls == ([1, 1, MAX_LINEAR_ROWS, MAX_LINEAR_ROWS] if few_rows else [])
 
 
 def test_other_dtypes_do_not_ask_for_it(monkeypatch: pytest.MonkeyPatch) -> None:

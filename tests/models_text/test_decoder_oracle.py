@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import random
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from oracle import Drive, DriveRow, load_model, tiny_llama, tiny_mistral, tiny_q
 from tiny_models import tiny_qwen2_5_vl, tiny_qwen2_vl
 
 from lightvl.attention.cpu import CpuAttention
+from lightvl.kernels.cpu import CpuKernels, cpu_kernels
 from lightvl.models.decoder import Decoder
 from lightvl.models.model import Model
 
@@ -143,3 +145,30 @@ def test_bfloat16_error_is_at_most_twice_that_of_transformers(build: Callable[..
     our_error = (torch.stack(ours) - exact).abs().mean()
     their_error = (theirs - exact).abs().mean()
     assert our_error < 2 * their_error, (our_error, their_error)
+
+
+@pytest.mark.skipif(cpu_kernels() is None, reason="needs LightVL's kernels and a CPU that runs them")
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("num_extra", [0, 8])  # rows of the embedding that have no logit, as mllama has them
+def test_weights_in_12_bits_change_nothing(
+    tied: bool, num_extra: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Logits bit by bit, also where the embedding is read from the packed head; by slabs as close as bfloat16 is."""
+    tiny_qwen2(tmp_path, hidden_size=128, intermediate_size=256, tie_word_embeddings=tied)
+    config = replace(load(tmp_path, torch.bfloat16).config, embedding_rows=320, vocab_size=320 - num_extra)
+
+    def logits(*, keeps_embedding: bool) -> list[torch.Tensor]:
+        with torch.inference_mode():
+            decoder = Decoder(config, torch.bfloat16, torch.device("cpu"))
+            generator = torch.Generator().manual_seed(0)
+            for target in decoder.weight_part().targets.values():
+                target.fill(torch.randn(target.shape, generator=generator) * target.shape[-1] ** -0.5)
+        assert (decoder._embedding is not None) == keeps_embedding
+        driven = drive(decoder)
+        return [driven.step([DriveRow("a", random_ids(num, num))])[0] for num in (20, 1, 140)]
+
+    packed = logits(keeps_embedding=num_extra > 0 or not tied)
+    monkeypatch.setattr(CpuKernels, "pack", lambda *_: None)
+    plain = logits(keeps_embedding=True)
+    assert torch.equal(packed[0], plain[0]) and torch.equal(packed[1], plain[1])
+    torch.testing.assert_close(packed[2], plain[2], rtol=2**-5, atol=2**-5)

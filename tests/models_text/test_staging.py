@@ -37,6 +37,13 @@ def test_odd_shapes_and_strides() -> None:
     assert all(torch.equal(a, b) for a, b in zip(got, tensors, strict=True))
 
 
+@torch.inference_mode()
+def test_threads_may_write_what_was_made_in_inference_mode() -> None:
+    tensors = [torch.arange(20.0), torch.ones(3)]
+    got = [staged for _, staged in staging.stage(list(enumerate(tensors)), CPU, piece_bytes=16)]
+    assert all(torch.equal(a, b) for a, b in zip(got, tensors, strict=True))
+
+
 def test_files_are_read_ahead_of_what_is_filled(monkeypatch: pytest.MonkeyPatch) -> None:
     read = threading.Semaphore(0)
     original = staging._Buffer.read

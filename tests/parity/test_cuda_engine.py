@@ -25,17 +25,15 @@ GetOracle = Callable[[str], Oracle]
 @pytest.fixture
 def platform(monkeypatch: pytest.MonkeyPatch) -> LateCudaPlatform:
     platform = LateCudaPlatform(delay_s=lambda step: 0.002 * (step % 3))
-    platform.defaults = replace(platform.defaults, mix_rows=False)
+    platform.defaults = replace(platform.defaults, mix_rows=False, max_steps_in_flight=2)
     monkeypatch.setattr(build, "_pick_platform", lambda config: platform)
     return platform
 
 
 @asynccontextmanager
-async def late(oracle: Oracle, max_steps: int = 1, **flags: Any) -> AsyncIterator[LightVLService]:
+async def late(oracle: Oracle, **flags: Any) -> AsyncIterator[LightVLService]:
     flags = {"chunked_prefill_size": 32, "max_running_requests": 6, "mem_fraction_static": None} | flags
     async with serving(oracle, **flags) as service:
-        scheduler = service.engine._scheduler
-        scheduler.limits = replace(scheduler.limits, max_steps_in_flight=max_steps)
         yield service
 
 
@@ -46,7 +44,8 @@ async def test_late_results_and_graphs_change_nothing(
 ) -> None:
     oracle = oracle_of(family)
     all_turns = [question(i % 3, i) for i in range(5)]
-    async with late(oracle, max_steps) as service:
+    platform.defaults = replace(platform.defaults, max_steps_in_flight=max_steps)
+    async with late(oracle) as service:
         assert platform.attention is not None
         addresses = [_addresses(fixed) for fixed in platform.attention.fixed]
         answers = await asyncio.gather(*(ask(service, turns, max_tokens=14) for turns in all_turns))
@@ -177,7 +176,7 @@ async def test_features_that_are_not_finite_are_found_when_the_step_is_read_back
     oracle_of: GetOracle, platform: LateCudaPlatform, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     oracle = oracle_of("qwen2_vl")
-    async with late(oracle, max_steps=2) as service:
+    async with late(oracle) as service:
         family = platform.runner._model.family  # type: ignore[union-attr]
         encode = family.encode
 

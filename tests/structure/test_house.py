@@ -7,6 +7,7 @@ have imported cannot hide a cycle or a missing import.
 from __future__ import annotations
 
 import ast
+import importlib.util
 import re
 import statistics
 import subprocess
@@ -146,7 +147,8 @@ def test_each_module_imports_alone():
             if name.split(".")[0] not in ("lightvl", "flashinfer", "__future__")
         }
     )
-    names = [module_name(path) for path in MODULES if path.name != "__main__.py"]
+    absent = {"lightvl.kernels.triton_tower"} if importlib.util.find_spec("triton") is None else set()
+    names = [name for path in MODULES if path.name != "__main__.py" and (name := module_name(path)) not in absent]
     run_python(
         f"""
 import importlib, os, sys, traceback, warnings

@@ -13,6 +13,7 @@ import torch
 from gpu import devices
 from gpu.rooflines import decode_bytes, encode_flops, prefill_flops
 from gpu.rows import Context, Row
+from gpu.served import Served
 from make_random_model import ARCHITECTURES, write_json
 from parity_helpers import Bfloat16Errors
 
@@ -84,6 +85,21 @@ def test_speed_dry() -> None:
     values = {row.check: row.value for row in rows}
     assert len(values) == 2 + 2 * (1 + 2 + 1 + 2)
     assert all(value is not None and value > 0 for value in values.values())
+
+
+def test_memory_dry() -> None:
+    rows = dry("memory")
+    assert_passed(rows)
+    assert len(rows) == 3 and "12 requests" in rows[1].note
+
+
+def test_memory_notices_a_request_that_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def submit(self: Any, prompts: Any, params: Any) -> list[Exception | None]:
+        return [None, MemoryError("too large")]
+
+    monkeypatch.setattr(Served, "submit", submit)
+    (row,) = dry("memory", "qwen2-vl-tiny: the largest")
+    assert row.verdict == "fail" and "too large" in row.note
 
 
 def test_rooflines_of_the_real_models(tmp_path: Path) -> None:

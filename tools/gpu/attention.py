@@ -172,7 +172,7 @@ def _silu(device: str, row: Row) -> None:
 def _rope(device: str, row: Row) -> None:
     torch.manual_seed(2)
     pairs: list[Pair] = []
-    for dim in (64, 128):
+    for dim in (64, 128, 72, 80):  # of decoders, of towers
         heads = _random(device, 40, 7 + 2, dim)
         angles = torch.rand(40, dim // 2, device=device) * 5000
         ours, exact = ops_for(torch.device(device), DTYPE), TorchOps()
@@ -182,7 +182,18 @@ def _rope(device: str, row: Row) -> None:
     judge(row, pairs)
 
 
-OPS: dict[str, Callable[[str, Row], None]] = {"norms": _norms, "silu and mul": _silu, "rope": _rope}
+def _quick_gelu(device: str, row: Row) -> None:
+    torch.manual_seed(3)
+    x = _random(device, 33, 5120)
+    judge(row, [(ops_for(torch.device(device), DTYPE).quick_gelu(x.clone()), TorchOps().quick_gelu(x.float()))])
+
+
+OPS: dict[str, Callable[[str, Row], None]] = {
+    "norms": _norms,
+    "silu and mul": _silu,
+    "quick gelu": _quick_gelu,
+    "rope": _rope,
+}
 
 
 # --- sampling -------------------------------------------------------------------------------------------------------

@@ -66,9 +66,12 @@ class Context:
         seconds: float,
         emit: Callable[[dict[str, Any]], None],
         after: str | None = None,
+        *,
+        profiles: bool = False,
     ) -> None:
-        """`after`: go on behind this check, which an earlier process of the part has begun."""
-        self.part, self.device = part, device
+        """`after`: go on behind this check, which an earlier process of the part has begun. `profiles`: tell in the log
+        what took the time."""
+        self.part, self.device, self.profiles = part, device, profiles
         self._deadline = time.monotonic() + seconds
         self._emit = emit
         self._after = after

@@ -19,7 +19,7 @@ from typing import IO, Any
 from gpu.report import line, write_json
 from gpu.rows import DEVICE_LOST, MARK, Row
 
-BUDGETS_S = {"kernels": 30, "attention": 55, "families": 100, "graphs": 75, "speed": 125, "server": 85}
+BUDGETS_S = {"kernels": 20, "attention": 50, "families": 80, "graphs": 70, "speed": 120, "memory": 50, "server": 80}
 """Of each part; what one leaves over, later ones may use. Together under 8 minutes."""
 DRY_FACTOR = 6  # a CPU is slow, and nobody pays for it by the minute
 MAX_DEATHS = 3  # of one part; then it is given up
@@ -35,6 +35,7 @@ class Run:
     out: Path
     machine: dict[str, Any]
     budgets_s: dict[str, float] = field(default_factory=lambda: dict(BUDGETS_S))
+    flags: tuple[str, ...] = ()  # for the tool, beside --child and what goes with it
     rows: list[Row] = field(default_factory=list)
     told: dict[str, dict[str, Any]] = field(default_factory=dict)  # of each part: seconds, and how it ended
 
@@ -54,7 +55,7 @@ class Run:
     def _part(self, part: str, until: float, log: IO[str]) -> str:
         after: str | None = None
         for _ in range(MAX_DEATHS):
-            process = PartProcess(self.tool, part, self.device, until, after, log, self._add)
+            process = PartProcess(self.tool, part, self.device, until, after, self.flags, log, self._add)
             code = process.wait(until)
             if code == 0:
                 return "complete"
@@ -87,6 +88,7 @@ class PartProcess:
         device: str,
         until: float,
         after: str | None,
+        flags: tuple[str, ...],
         log: IO[str],
         add: Callable[[Row], None],
     ) -> None:
@@ -95,7 +97,17 @@ class PartProcess:
         self._log, self._add = log, add
         # a clock that the child reads too: what it takes to load torch is part of its time
         until_epoch = time.time() + until - time.monotonic()
-        command = [sys.executable, str(tool), "--child", part, "--device", device, "--until", f"{until_epoch:.1f}"]
+        command = [
+            sys.executable,
+            str(tool),
+            "--child",
+            part,
+            "--device",
+            device,
+            "--until",
+            f"{until_epoch:.1f}",
+            *flags,
+        ]
         if after is not None:
             command += ["--after", after]
         environment = {**os.environ, "PYTHONUNBUFFERED": "1"}

@@ -7,20 +7,17 @@ weights are random (`--load-format dummy`). A dry run takes tiny models.
 
 from __future__ import annotations
 
-import asyncio
-import base64
 import dataclasses
-import functools
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from bench.workload import random_jpeg, random_words
+import torch
 
-from gpu.devices import free
 from gpu.rooflines import (
     Ceilings,
     decode_bytes,
@@ -30,10 +27,9 @@ from gpu.rooflines import (
     prefill_flops,
 )
 from gpu.rows import Context, Row
-from lightvl.config import ServerConfig
-from lightvl.core import ImagePart, Message, Prompt, SamplingParams, TextPart
-from lightvl.engine.build import LightVLService, build_service
-from lightvl.metrics import Metrics
+from gpu.served import Served
+from lightvl.core import Prompt, SamplingParams
+from lightvl.engine.build import LightVLService
 from lightvl.models.config import decoder_config, read_config
 from lightvl.models.vision.config import mllama_vision_config, qwen_vision_config
 from lightvl.scheduling.plan import StepOutcome, StepPlan
@@ -41,6 +37,7 @@ from lightvl.scheduling.plan import StepOutcome, StepPlan
 DECODE_GOAL, PREFILL_GOAL = 0.6, 0.45
 NUM_IMAGES = 16
 PROMPT_LEN = 256  # tokens of what is decoded, about
+PROFILED_LEN = 40  # tokens decoded under the profiler
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,7 +84,7 @@ def run(context: Context) -> None:
     context.check("ceiling: bfloat16 product", lambda row: row.tell(ceilings.get().flops / 1e12, "TFLOP/s"))
     with tempfile.TemporaryDirectory() as folder:
         for architecture in sizes.architectures:
-            bench = Bench(architecture, Path(folder) / architecture, context.device, sizes, ceilings)
+            bench = Bench(architecture, Path(folder) / architecture, context, sizes, ceilings)
             name = architecture
             context.check(f"{name}: start", bench.start, seconds=25)
             for batch in sizes.batches:
@@ -130,33 +127,34 @@ class Step:
 
 
 class Bench:
-    """One model in a service of its own, made when first needed."""
+    """One served model, and its steps as the scheduler hears of their ends."""
 
-    def __init__(self, architecture: str, folder: Path, device: str, sizes: Sizes, ceilings: Measured) -> None:
-        self._architecture, self._folder, self._device = architecture, folder, device
-        self._sizes, self._ceilings = sizes, ceilings
-        self._loop = asyncio.Runner()
-        self._service: LightVLService | None = None
+    def __init__(self, architecture: str, folder: Path, context: Context, sizes: Sizes, ceilings: Measured) -> None:
+        self._sizes, self._ceilings, self._profiles = sizes, ceilings, context.profiles
+        self._served = Served(
+            architecture,
+            folder,
+            context.device,
+            context_length=2 * max(PROMPT_LEN, sizes.prefill_len),
+            disable_radix_cache=True,
+            **sizes.pool,
+        )
+        self._watched: LightVLService | None = None
         self._steps: list[Step] = []
         self._num_asked = 0  # makes every prompt and image a new one
 
     def start(self, row: Row) -> None:
         started = time.monotonic()
-        self._running()
+        self._begin()
         row.tell(time.monotonic() - started, "s")
 
     def close(self) -> None:
-        """Ends the service, and frees the device's memory for the next one."""
-        if self._service is not None:
-            self._loop.run(self._service.close())
-            self._service = None
-            free(self._device)
-        self._loop.close()
+        self._served.close()
         self._steps.clear()
 
     def decode(self, batch: int, row: Row) -> None:
-        self._running()
-        steps = self._loop.run(self._generate(batch, self._sizes.decode_len, "decode"))
+        self._begin()
+        steps = self._generate(batch, self._sizes.decode_len, "decode")
         full = [len(step.plan.rows) == batch == step.plan.num_tokens and not step.plan.encodes for step in steps]
         pairs = [(steps[i - 1], steps[i]) for i in range(1, len(steps)) if full[i - 1] and full[i]]
         assert len(pairs) >= 5, f"only {len(pairs)} steps decoded all {batch} sequences"
@@ -175,13 +173,14 @@ class Bench:
         )
         row.note = f"{1e3 * wall:.2f} ms a step, {1e3 * on_device:.2f} on the device; {batch / wall:.0f} tokens/s"
         row.note += f"; {num_bytes / 1e9:.1f} GB"
+        self._profile(row, lambda: self._generate(batch, PROFILED_LEN, "decode"))
 
     def prefill(self, row: Row) -> None:
-        self._running()
+        self._begin()
         walls, devices = [], []
         for _ in range(3):
             began = time.perf_counter()
-            steps = self._loop.run(self._generate(1, 1, "prefill"))
+            steps = self._generate(1, 1, "prefill")
             walls.append(steps[-1].at - began)
             devices.append(sum(step.outcome.rows_s for step in steps))
         wall = statistics.median(walls)
@@ -189,12 +188,13 @@ class Bench:
         self._judge(row, flops / wall / self._ceilings.get().flops, PREFILL_GOAL, bool(self._sizes.goal_batches))
         row.note = f"{1e3 * wall:.0f} ms, {1e3 * statistics.median(devices):.0f} on the device"
         row.note += f"; {self._sizes.prefill_len / wall:.0f} tokens/s; {flops / 1e12:.1f} TFLOP"
+        self._profile(row, lambda: self._generate(1, 1, "prefill"))
 
     def encode(self, num_images: int, row: Row) -> None:
-        self._running()
-        self._loop.run(self._generate(num_images, 1, "encode"))  # kernels are loaded, and torch's memory is there
-        prompts = self._loop.run(self._prompts(num_images, "encode"))
-        steps = self._loop.run(self._submit(prompts, 1))
+        self._begin()
+        self._generate(num_images, 1, "encode")  # kernels are loaded, and torch's memory is there
+        prompts = self._served.run(lambda: self._prompts(num_images, "encode"))
+        steps = self._submit(prompts, 1)
         taken = sum(step.outcome.encode_s for step in steps)
         layouts = [image.media.layout for prompt in prompts for image in prompt.images]
         flops = sum(encode_flops(self._vision, self._config, layout) for layout in layouts)
@@ -202,6 +202,7 @@ class Bench:
         size = layouts[0].num_cross_pages or layouts[0].num_tokens
         unit = "tiles" if layouts[0].num_cross_pages else "tokens"
         row.note = f"{1e3 * taken:.0f} ms; {size} {unit} each; {flops / 1e12:.2f} TFLOP"
+        self._profile(row, lambda: self._generate(num_images, 1, "encode"))
 
     @staticmethod
     def _judge(row: Row, fraction: float, goal: float, has_goal: bool) -> None:
@@ -210,31 +211,26 @@ class Bench:
         else:
             row.tell(fraction, "of roofline")
 
-    def _running(self) -> LightVLService:
-        if self._service is None:
-            if not self._folder.exists():
-                write_checkpoint(self._folder, self._architecture)
-            hf_config = read_config(self._folder)
-            self._config = decoder_config(hf_config)
-            vision_config = mllama_vision_config if self._config.cross_layers else qwen_vision_config
-            self._vision = vision_config(hf_config, self._folder)
-            config = ServerConfig(
-                model_path=str(self._folder),
-                load_format="dummy",
-                dtype="bfloat16",
-                device=self._device,
-                context_length=2 * max(PROMPT_LEN, self._sizes.prefill_len),
-                disable_radix_cache=True,
-                **self._sizes.pool,
-            )
-            service = build_service(config, Metrics())
-            self._loop.run(service.start())
-            self._watch(service)
-            self._service = service
-        return self._service
+    def _profile(self, row: Row, run: Callable[[], object]) -> None:
+        """The kernels that `run` takes its time with, in the log."""
+        if not self._profiles:
+            return
+        activity = torch.profiler.ProfilerActivity
+        by = activity.CPU if self._served.device == "cpu" else activity.CUDA
+        with torch.profiler.profile(activities=[by]) as profile:
+            run()
+        order = f"self_{by.name.lower()}_time_total"
+        print(f"-- {row.check}\n{profile.key_averages().table(sort_by=order, row_limit=20)}")
 
-    def _watch(self, service: LightVLService) -> None:
-        """Note each step as the scheduler hears of its end."""
+    def _begin(self) -> None:
+        service = self._served.service
+        if self._watched is service:
+            return
+        self._watched = service
+        hf_config = read_config(self._served.folder)
+        self._config = decoder_config(hf_config)
+        vision_config = mllama_vision_config if self._config.cross_layers else qwen_vision_config
+        self._vision = vision_config(hf_config, self._served.folder)
         scheduler: Any = service.engine._scheduler
         complete = scheduler.complete
 
@@ -244,36 +240,32 @@ class Bench:
 
         scheduler.complete = noted
 
-    async def _generate(self, num: int, num_tokens: int, kind: str) -> list[Step]:
-        return await self._submit(await self._prompts(num, kind), num_tokens)
+    def _generate(self, num: int, num_tokens: int, kind: str) -> list[Step]:
+        return self._submit(self._served.run(lambda: self._prompts(num, kind)), num_tokens)
 
-    async def _submit(self, prompts: list[Prompt], num_tokens: int) -> list[Step]:
+    def _submit(self, prompts: list[Prompt], num_tokens: int) -> list[Step]:
         """The steps that these prompts took, all submitted at once."""
-        service = self._running_service()
         self._steps.clear()
         params = SamplingParams(max_tokens=num_tokens, temperature=0.0)
-
-        async def consume(prompt: Prompt) -> None:
-            async for _ in service.engine.submit(prompt, params):
-                pass
-
-        await asyncio.gather(*(consume(prompt) for prompt in prompts))
+        for error in self._served.run(lambda: self._served.submit(prompts, params)):
+            if error is not None:
+                raise error
         return list(self._steps)
-
-    def _running_service(self) -> LightVLService:
-        assert self._service is not None
-        return self._service
 
     async def _prompts(self, num: int, kind: str) -> list[Prompt]:
         """Cross-attention models decode with an image each, of a few that several sequences share: without one they
         would skip their cross layers."""
         self._num_asked += 1
         if kind == "encode":
-            return [await self._image_prompt(f"{self._num_asked} {i}", self._sizes.image) for i in range(num)]
+            return [await self._served.image_prompt(f"{self._num_asked} {i}", self._sizes.image) for i in range(num)]
         if kind == "decode" and self._config.cross_layers:
             side = self._sizes.image[0] // 2
             return [
-                await self._image_prompt(f"{self._num_asked} {i % NUM_IMAGES}", (side, side), PROMPT_LEN // 4)  # words
+                await self._served.image_prompt(
+                    f"{self._num_asked} {i % NUM_IMAGES}",
+                    (side, side),
+                    PROMPT_LEN // 4,  # words
+                )
                 for i in range(num)
             ]
         length = self._sizes.prefill_len if kind == "prefill" else PROMPT_LEN
@@ -283,23 +275,3 @@ class Bench:
             ids = rng.integers(300, 3000, length)
             made.append(Prompt(ids, ids.tolist()))
         return made
-
-    async def _image_prompt(self, seed: str, size: tuple[int, int], num_words: int = 4) -> Prompt:
-        parts = (ImagePart(_data_url(*size, seed)), TextPart(random_words(num_words, seed)))
-        return await self._running_service().prompts.build_chat([Message("user", parts)])
-
-
-@functools.lru_cache(maxsize=2 * NUM_IMAGES)
-def _data_url(width: int, height: int, seed: str) -> str:
-    return "data:image/jpeg;base64," + base64.b64encode(random_jpeg(width, height, seed)).decode()
-
-
-def write_checkpoint(folder: Path, architecture: str) -> None:
-    """All of a published checkpoint but its weights."""
-    import make_random_model as maker
-
-    folder.mkdir(parents=True)
-    checkpoint = maker.ARCHITECTURES[architecture]
-    for name in ("config", "generation_config", "preprocessor_config"):
-        maker.write_json(folder / f"{name}.json", getattr(checkpoint, name))
-    maker.save_tokenizer(folder, checkpoint)

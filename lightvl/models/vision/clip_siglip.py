@@ -103,7 +103,7 @@ def _layer(config: ViewTowerConfig, dtype: torch.dtype, device: torch.device) ->
             for name in ("layer_norm1", "layer_norm2")
         },
         proj="self_attn.out_proj",
-        activation=config.activation,
+        act_name=config.activation,
         dtype=dtype,
         device=device,
     )

@@ -177,7 +177,7 @@ def _layer(config: MllamaVisionConfig, is_gated: bool, dtype: torch.dtype, devic
         proj="self_attn.o_proj",
         attention_bias=False,
         is_gated=is_gated,
-        activation=config.activation,
+        act_name=config.activation,
         dtype=dtype,
         device=device,
     )

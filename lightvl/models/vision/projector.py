@@ -6,16 +6,17 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from lightvl.attention.ops import ops_for
 from lightvl.models.linear import Linear
 from lightvl.models.load import Target
 from lightvl.models.vision.llava_config import LlavaConfig
-from lightvl.models.vision.vit import ACTIVATIONS, parameter
+from lightvl.models.vision.vit import activation, parameter
 
 
 class Projector(nn.Module):
     def __init__(self, config: LlavaConfig, *, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
-        self._act = ACTIVATIONS[config.projector_activation]
+        self._act = activation(config.projector_activation, ops_for(device, dtype))
         self._linears: list[Linear] = []
         in_size = config.tower.hidden_size * len(config.tower.kept_states)
         for name in config.projector_names:

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from lightvl.attention.base import EncoderAttention
+from lightvl.attention.ops import ops_for
 from lightvl.images.transforms import Grid
 from lightvl.models.vision.config import QwenVisionConfig
 from lightvl.models.vision.vit import (
@@ -58,12 +59,14 @@ class QwenTower(nn.Module):
         x = self.patch_embed(patches)
         positions = torch.cat([patch_positions(high, wide, config.merge) for high, wide in grids]).to(self._device)
         positions = positions.view(len(order), per_token, 2)[order].view(-1, 2)
-        rope = rope_table(positions, config.hidden_size // config.num_heads, config.rope_theta)
+        angles = rope_angles(positions, config.hidden_size // config.num_heads, config.rope_theta)
+        cos, sin, ops = angles.cos(), angles.sin(), ops_for(self._device, x.dtype)
+        rope_tables = [ops.rope_table(cos[rows], sin[rows]) for rows in row_chunks(x)]
         in_image = WithinSegments([high * wide for high, wide in grids], attention)
         in_window = WithinSegments([tokens * per_token for tokens in window_lens], attention)
         for layer_idx, layer in enumerate(self._layers_in_order):
             is_whole = not config.window or layer_idx in config.full_attention_layers
-            yield from layer.steps(x, in_image if is_whole else in_window, rope)
+            yield from layer.steps(x, in_image if is_whole else in_window, rope_tables)
         tokens = x.view(len(order), per_token, -1)
         features = x.new_empty(len(order), config.out_size)
         for rows in row_chunks(tokens):
@@ -82,7 +85,7 @@ def _layer(config: QwenVisionConfig, dtype: torch.dtype, device: torch.device) -
         proj="attn.proj",
         ups=("gate_proj", "up_proj") if config.gated_mlp else ("fc1",),
         down="down_proj" if config.gated_mlp else "fc2",
-        activation=config.activation,
+        act_name=config.activation,
         dtype=dtype,
         device=device,
     )
@@ -96,12 +99,12 @@ class _Merger(nn.Module):
         self._size = config.hidden_size * config.merge**2
         self.ln_q = _norm(config, dtype, device)
         self.mlp = MLP(
-            self._size, self._size, config.out_size, ups=("0",), down="2", activation="gelu", dtype=dtype, device=device
+            self._size, self._size, config.out_size, ups=("0",), down="2", act_name="gelu", dtype=dtype, device=device
         )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """(tokens, merge**2, hidden_size) to (tokens, out_size)."""
-        out: torch.Tensor = self.mlp(self.ln_q(x).view(-1, self._size))
+        out: torch.Tensor = self.mlp(self.ln_q(x.flatten(0, 1)).view(-1, self._size))
         return out
 
 
@@ -118,13 +121,10 @@ def patch_positions(high: int, wide: int, merge: int) -> torch.Tensor:
     return torch.from_numpy(grid.swapaxes(1, 2).reshape(-1, 2))
 
 
-def rope_table(positions: torch.Tensor, head_dim: int, theta: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """cos and sin (N, 1, head_dim) float32 as `apply_rope` takes them: a quarter of a head turns by the row, the next
-    by the column, the other half mirrors them."""
+def rope_angles(positions: torch.Tensor, head_dim: int, theta: float) -> torch.Tensor:
+    """(N, head_dim / 2) float32: half of a head's pairs turn by the row, half by the column."""
     exponents = torch.arange(0, head_dim // 2, 2, dtype=torch.float32, device=positions.device) / (head_dim // 2)
-    angles = (positions[..., None].float() * theta**-exponents).flatten(1)  # (N, head_dim / 2)
-    cos, sin = angles.cos(), angles.sin()
-    return torch.cat((cos, cos), -1)[:, None], torch.cat((-sin, sin), -1)[:, None]
+    return (positions[..., None].float() * theta**-exponents).flatten(1)
 
 
 def _order_of_all(grids: Sequence[Grid], config: QwenVisionConfig) -> tuple[torch.Tensor, list[int]]:

@@ -14,10 +14,9 @@ from torch import nn
 from torch.nn import functional as F
 
 from lightvl.attention.base import EncoderAttention
-from lightvl.kernels.cpu import cpu_kernels
+from lightvl.attention.ops import Ops, RopeTable, ops_for
 from lightvl.models.linear import Linear
 from lightvl.models.load import Target, module_targets
-from lightvl.models.rope import apply_rope
 from lightvl.models.vision.config import Activation, PixelConfig
 
 MIDDLE_BYTE = 128
@@ -100,28 +99,27 @@ class RMSNorm(nn.Module):
     def __init__(self, size: int, eps: float, *, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
         self.weight = parameter(size, dtype=dtype, device=device)
-        self._eps = eps
+        self._eps, self._ops = eps, ops_for(device, dtype)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        wide = x.float()
-        scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + self._eps)
-        return (wide * scale).to(x.dtype) * self.weight
+        """(T, size) to the same."""
+        return self._ops.rms_norm(x, self.weight, self._eps)
 
 
 def layer_norm(size: int, eps: float, *, dtype: torch.dtype, device: torch.device) -> nn.LayerNorm:
     return nn.LayerNorm(size, eps=eps, dtype=dtype, device=device).requires_grad_(False)
 
 
-def _quick_gelu(x: torch.Tensor) -> torch.Tensor:
-    return (x * 1.702).sigmoid_().mul_(x)
-
-
-ACTIVATIONS: dict[Activation, Callable[[torch.Tensor], torch.Tensor]] = {
-    "quick_gelu": _quick_gelu,
+_TORCH_ACTIVATIONS: dict[Activation, Callable[[torch.Tensor], torch.Tensor]] = {
     "gelu": F.gelu,
     "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
     "silu": F.silu,
 }
+
+
+def activation(name: Activation, ops: Ops) -> Callable[[torch.Tensor], torch.Tensor]:
+    """It may overwrite what it is given."""
+    return ops.quick_gelu if name == "quick_gelu" else _TORCH_ACTIVATIONS[name]
 
 
 class MLP(nn.Module):
@@ -135,28 +133,31 @@ class MLP(nn.Module):
         *,
         ups: tuple[str, ...],
         down: str,
-        activation: Activation,
+        act_name: Activation,
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
         super().__init__()
         self.up = Linear(in_size, dict.fromkeys(ups, inner_size), bias=True, dtype=dtype, device=device)
         self.down = Linear(inner_size, {down: out_size}, bias=True, dtype=dtype, device=device)
-        self._act = ACTIVATIONS[activation]
-        self._is_gated = len(ups) == 2
-        kernels = cpu_kernels() if device.type == "cpu" and dtype == torch.bfloat16 else None
-        if kernels is not None and activation == "quick_gelu" and not self._is_gated:
-            self._act = kernels.quick_gelu_  # of what `up` has just made, all of it
+        ops = ops_for(device, dtype)
+        act = activation(act_name, ops)
+        self._act = act if len(ups) == 1 else ops.silu_and_mul if act_name == "silu" else _gated_by(act)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        inner = self.up(x)
-        if self._is_gated:
-            gate, up = inner.chunk(2, -1)
-            return cast(torch.Tensor, self.down(self._act(gate).mul_(up)))
-        return cast(torch.Tensor, self.down(self._act(inner)))
+        """(T, in_size) to (T, out_size)."""
+        return cast(torch.Tensor, self.down(self._act(self.up(x))))
 
     def weight_targets(self) -> dict[str, Target]:
         return container_targets(self)
+
+
+def _gated_by(act: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[torch.Tensor], torch.Tensor]:
+    def gated(gate_up: torch.Tensor) -> torch.Tensor:
+        gate, up = gate_up.chunk(2, -1)
+        return act(gate.contiguous()).mul_(up)
+
+    return gated
 
 
 def row_chunks(x: torch.Tensor) -> list[slice]:
@@ -211,13 +212,13 @@ class Layer(nn.Module):
         is_gated: bool = False,
         ups: tuple[str, ...] = ("fc1",),
         down: str = "fc2",
-        activation: Activation,
+        act_name: Activation,
         dtype: torch.dtype,
         device: torch.device,
     ) -> None:
         """Names are the checkpoint's: `norms`, `qkv` (one weight or three), `proj`; `ups` and `down` as in `MLP`."""
         super().__init__()
-        self._num_heads = num_heads
+        self._num_heads, self._ops = num_heads, ops_for(device, dtype)
         self._norms = tuple(norms.values())
         for name, norm in norms.items():
             self.add_module(name, norm)
@@ -225,41 +226,41 @@ class Layer(nn.Module):
             size, dict.fromkeys(qkv, 3 * size // len(qkv)), bias=attention_bias, dtype=dtype, device=device
         )
         self.proj = Linear(size, {proj: size}, bias=attention_bias, dtype=dtype, device=device)
-        self.mlp = MLP(size, mlp_size, size, ups=ups, down=down, activation=activation, dtype=dtype, device=device)
+        self.mlp = MLP(size, mlp_size, size, ups=ups, down=down, act_name=act_name, dtype=dtype, device=device)
         self.gate_attn = parameter(1, dtype=dtype, device=device) if is_gated else None
         self.gate_ffn = parameter(1, dtype=dtype, device=device) if is_gated else None
 
-    def steps(
-        self, x: torch.Tensor, attend: Attend, rope: tuple[torch.Tensor, torch.Tensor] | None = None
-    ) -> Iterator[None]:
-        """Advance x (N, size) in place, in bounded pieces. `rope`: cos and sin (N, 1, D), to turn q and k by."""
+    def steps(self, x: torch.Tensor, attend: Attend, rope_tables: Sequence[RopeTable] | None = None) -> Iterator[None]:
+        """Advance x (N, size) in place, in bounded pieces. `rope_tables`: of each of x's `row_chunks`, to turn q and k
+        by."""
         norm1, norm2 = self._norms
-        num_turned = 2 * self._num_heads
-        qkv = x.new_empty(len(x), 3 * self._num_heads, x.shape[-1] // self._num_heads)
-        for rows in row_chunks(x):
-            part = self.qkv(norm1(x[rows])).view(-1, *qkv.shape[1:])
-            if rope is None:
-                qkv[rows] = part
-            else:
-                cos, sin = rope
-                qkv[rows, :num_turned] = apply_rope(part[:, :num_turned], cos[rows], sin[rows])
-                qkv[rows, num_turned:] = part[:, num_turned:]
+        chunks, pieces = row_chunks(x), []
+        for chunk_idx, rows in enumerate(chunks):
+            heads = self.qkv(norm1(x[rows])).view(-1, 3 * self._num_heads, x.shape[-1] // self._num_heads)
+            qkv = heads.chunk(3, 1)
+            if rope_tables is not None:
+                qkv = self._ops.rope(heads, self._num_heads, self._num_heads, rope_tables[chunk_idx])
+            pieces.append(qkv)
             if pauses_after(rows):
                 yield
-        q, k, v = qkv.chunk(3, 1)
-        attended = torch.empty_like(q, memory_format=torch.contiguous_format)
-        for heads in head_pieces(q, attend.num_scores):
-            attended[:, heads] = attend(q[:, heads], k[:, heads], v[:, heads])
+        q, k, v = (_joined(parts) for parts in zip(*pieces, strict=True))
+        attended = []
+        for some in head_pieces(q, attend.num_scores):
+            attended.append(attend(q[:, some], k[:, some], v[:, some]))
             yield
-        x += _gated(self.proj(attended.flatten(1)), self.gate_attn)
-        for rows in row_chunks(x):
-            x[rows] += _gated(self.mlp(norm2(x[rows])), self.gate_ffn)
+        x += _gated(self.proj(_joined(attended, 1).flatten(1)), self.gate_attn)
+        for rows in chunks:
+            x[rows].add_(_gated(self.mlp(norm2(x[rows])), self.gate_ffn))
             if pauses_after(rows):
                 yield
         yield
 
     def weight_targets(self) -> dict[str, Target]:
         return container_targets(self)
+
+
+def _joined(parts: Sequence[torch.Tensor], dim: int = 0) -> torch.Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(list(parts), dim)
 
 
 def _gated(x: torch.Tensor, gate: torch.Tensor | None) -> torch.Tensor:
