@@ -11,6 +11,7 @@ import contextlib
 import ctypes
 import functools
 import importlib.util
+import math
 import mmap
 from pathlib import Path
 
@@ -19,8 +20,8 @@ import torch
 MAX_LINEAR_ROWS = 128
 """Rows of x up to which `linear` is the fastest way; oneDNN's blocking wins beyond (tools/LOG.md)."""
 
-PACKED_UNIT, PACKED_UNIT_BYTES, PACKED_TABLE = 128, 192, 16
-"""UNIT, UNIT_BYTES and TABLE of cpu_packed.h."""
+PACKED_UNIT, PACKED_UNIT_BYTES, PACKED_GROUP, PACKED_TABLE = 128, 192, 3, 16
+"""UNIT, UNIT_BYTES, GROUP and TABLE of cpu_packed.h."""
 MAX_ESCAPED = 1 / 512
 """Of a packed matrix' weights: with more, a plain one is multiplied as fast. Normally distributed ones have one in
 ten thousand at most."""
@@ -53,7 +54,8 @@ _SIGNATURES = {
     "lightvl_packed_linear": ([ctypes.POINTER(_Packed)] + [_POINTER] * 3 + [_LONG, _INT], None),
     "lightvl_choose_tables": ([_POINTER] * 3 + [_LONG] * 2 + [_INT], None),
     "lightvl_pack": ([_POINTER] * 5 + [_LONG] * 2 + [_INT], None),
-    "lightvl_unpack": ([ctypes.POINTER(_Packed)] + [_POINTER] * 2 + [_LONG, _INT], None),
+    "lightvl_unpack_rows": ([ctypes.POINTER(_Packed)] + [_POINTER] * 2 + [_LONG, _INT], None),
+    "lightvl_unpack_slab": ([ctypes.POINTER(_Packed), _LONG, _POINTER, _LONG, _INT], None),
     "lightvl_attention_scratch": ([_POINTER, _LONG, _LONG, _LONG], _LONG),
     "lightvl_decode_attention": ([ctypes.POINTER(_Attention), _INT], None),
     "lightvl_rms_norm": ([_POINTER] * 4 + [_LONG] * 2 + [_FLOAT, _INT], None),
@@ -72,14 +74,15 @@ def cpu_kernels() -> CpuKernels | None:
 
 
 def open_kernels(path: Path) -> CpuKernels | None:
-    """None where the library or the CPU does not allow it. torch is loaded by now: its OpenMP threads are used."""
+    """None where the library or the CPU does not allow it, or the library is that of an older version. torch is loaded
+    by now: its OpenMP threads are used."""
     try:
         library = ctypes.CDLL(str(path))
-    except OSError:
+        for name, (argtypes, restype) in _SIGNATURES.items():
+            function = getattr(library, name)
+            function.argtypes, function.restype = argtypes, restype
+    except (OSError, AttributeError):
         return None
-    for name, (argtypes, restype) in _SIGNATURES.items():
-        function = getattr(library, name)
-        function.argtypes, function.restype = argtypes, restype
     return CpuKernels(library) if library.lightvl_supported() else None
 
 
@@ -95,10 +98,10 @@ class PackedMatrix:
         self.struct = _Packed(*(tensor.data_ptr() for tensor in self.tensors), *self.shape)
 
 
-def empty_weight(shape: tuple[int, int], dtype: torch.dtype) -> torch.Tensor:
+def empty_weight(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
     """In huge pages where the system has them: of reading all weights once a step, translating addresses takes up to a
     tenth of the time. Given back to the system when freed, which malloc does not do below its heap's top."""
-    memory = mmap.mmap(-1, shape[0] * shape[1] * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory = mmap.mmap(-1, math.prod(shape) * dtype.itemsize, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     with contextlib.suppress(OSError):
         memory.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(memory, dtype=dtype).view(shape)
@@ -143,13 +146,21 @@ class CpuKernels:
         self._library.lightvl_pack(weight_ptr, to.tables, to.starts, to.units, to.escaped, *sizes)
         return packed
 
-    def unpack(self, matrix: PackedMatrix, rows: torch.Tensor) -> torch.Tensor:
-        """The rows (R,) int64, in range, of the matrix, (R, k)."""
-        assert rows.dtype == torch.int64 and rows.is_contiguous()
-        out = torch.empty(len(rows), matrix.shape[1], dtype=torch.bfloat16)
-        operands = ctypes.byref(matrix.struct), rows.data_ptr(), out.data_ptr()
-        self._library.lightvl_unpack(*operands, len(rows), torch.get_num_threads())
+    def unpack_rows(self, matrix: PackedMatrix, idx: torch.Tensor) -> torch.Tensor:
+        """The rows idx (R,) int64, in range, of the matrix, (R, k)."""
+        assert idx.dtype == torch.int64 and idx.is_contiguous()
+        out = torch.empty(len(idx), matrix.shape[1], dtype=torch.bfloat16)
+        operands = ctypes.byref(matrix.struct), idx.data_ptr(), out.data_ptr()
+        self._library.lightvl_unpack_rows(*operands, len(idx), torch.get_num_threads())
         return out
+
+    def unpack_slab(self, matrix: PackedMatrix, first: int, out: torch.Tensor) -> None:
+        """The rows first <= row < first + R of the matrix, to out (R, k), dense; `first` is a multiple of 3."""
+        num_rows = len(out)
+        assert out.is_contiguous() and out.dtype == torch.bfloat16 and out.shape[1] == matrix.shape[1]
+        assert first % PACKED_GROUP == 0 and first + num_rows <= matrix.shape[0]
+        operands = ctypes.byref(matrix.struct), first, out.data_ptr(), num_rows
+        self._library.lightvl_unpack_slab(*operands, torch.get_num_threads())
 
     def decode_attention(
         self,

@@ -65,10 +65,43 @@ void lightvl_pack(const bf16 *w, const uint8_t *tables, const int32_t *starts, u
     }
 }
 
-TARGET static void unpack_to(const Packed *w, long row, bf16 *to) { unpack_row(w, row, to); }
+/* `num` rows of one group, from `first` on, to (num, k): any one row, or GROUP whose units are one stream. */
+INLINE void unpack_rows(const int num, const Packed *w, long first, bf16 *to) {
+    Units at = units_of(first, w->n, w->k);
+    const uint8_t *unit = w->units + at.first, *escaped[GROUP];
+    __m512i tables[GROUP], values[2];
+    for (int j = 0; j < num; j++) tables[j] = table_of(w, first + j), escaped[j] = w->escaped + w->starts[first + j];
+    for (long i = 0; i < w->k; i += UNIT, unit += at.step) {
+#pragma GCC unroll 3
+        for (int j = 0; j < num; j++) {
+            prefetch_unit(unit + j * UNIT_BYTES);
+#pragma GCC unroll 2
+            for (int half = 0; half < 2; half++) {
+                bf16 *part = to + j * w->k + i + half * UNIT / 2;
+                unpack_half(unit + j * UNIT_BYTES, half, tables[j], &escaped[j], values);
+                _mm512_storeu_si512(part, values[0]);
+                _mm512_storeu_si512(part + 32, values[1]);
+            }
+        }
+    }
+}
+
+TARGET static void unpack_row(const Packed *w, long row, bf16 *to) { unpack_rows(1, w, row, to); }
+
+TARGET static void unpack_group(const Packed *w, long first, bf16 *to) { unpack_rows(GROUP, w, first, to); }
 
 /* out (num, k): row rows[i] of w for each i. */
-void lightvl_unpack(const Packed *w, const int64_t *rows, bf16 *out, long num, int num_threads) {
+void lightvl_unpack_rows(const Packed *w, const int64_t *rows, bf16 *out, long num, int num_threads) {
 #pragma omp parallel for schedule(static) num_threads(num_threads) if (num * w->k >= 1 << 15)
-    for (long i = 0; i < num; i++) unpack_to(w, rows[i], out + i * w->k);
+    for (long i = 0; i < num; i++) unpack_row(w, rows[i], out + i * w->k);
+}
+
+/* out (num, k): rows first <= row < first + num of w; `first` is a multiple of GROUP. */
+void lightvl_unpack_slab(const Packed *w, long first, bf16 *out, long num, int num_threads) {
+#pragma omp parallel for schedule(static) num_threads(num_threads)
+    for (long i = 0; i < num; i += GROUP) {
+        if (i + GROUP <= num) unpack_group(w, first + i, out + i * w->k);
+        else
+            for (long j = i; j < num; j++) unpack_row(w, first + j, out + j * w->k);
+    }
 }

@@ -68,20 +68,4 @@ INLINE void unpack_half(const uint8_t *unit, const int half, __m512i table, cons
     out[1] = _mm512_unpackhi_epi8(low, high);
 }
 
-/* `to` (k): one row. */
-INLINE void unpack_row(const Packed *w, long row, bf16 *to) {
-    Units at = units_of(row, w->n, w->k);
-    const uint8_t *unit = w->units + at.first, *escaped = w->escaped + w->starts[row];
-    __m512i table = table_of(w, row), values[2];
-    for (long i = 0; i < w->k; i += UNIT, unit += at.step) {
-        prefetch_unit(unit);
-#pragma GCC unroll 2
-        for (int half = 0; half < 2; half++) {
-            unpack_half(unit, half, table, &escaped, values);
-            _mm512_storeu_si512(to + i + half * UNIT / 2, values[0]);
-            _mm512_storeu_si512(to + i + half * UNIT / 2 + 32, values[1]);
-        }
-    }
-}
-
 #endif

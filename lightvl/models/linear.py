@@ -1,12 +1,14 @@
 """Linear layers whose weight is held as the device wants it, and the choice of dtype that goes with it.
 
 On a CPU a decoder's bfloat16 weights are packed into 12 bits each, exactly, and few rows are multiplied by a kernel of
-our own; for many rows, slabs of the matrix are unpacked for oneDNN, which costs 2 to 5% of the product. All else is
+our own; for many rows they are unpacked for oneDNN, which takes 5% of the product's time at 512 rows. All else is
 packed once for oneDNN, whose packed matmul is 1.5 to 4 times faster than F.linear when few rows are computed and 5%
 faster with thousands. Used by the decoder and by vision towers; knows nothing about either.
 """
 
 from __future__ import annotations
+
+import functools
 
 import torch
 from torch import nn
@@ -17,8 +19,11 @@ from lightvl.models.load import Target
 
 PACK_ROWS_HINT = 64
 """Rows that oneDNN chooses its blocking for. Any number will do; none at all is half as fast."""
-SLAB_SIZE = 1 << 21
-"""Weights unpacked at once for many rows: 4 MB, which stay in the cache until they are read."""
+SLAB_SIZE = 1 << 25
+"""Most weights unpacked at once for many rows: 64 MB. Smaller slabs would stay in the cache, but threads wait for each
+other at each one's end: on a busy machine that takes longer."""
+SLAB_ROWS = 192
+"""Slabs have a multiple of it, where so many fit: as matmuls and packing like it."""
 
 
 def pick_dtype(device: torch.device) -> tuple[torch.dtype, str]:
@@ -76,16 +81,19 @@ class Linear(nn.Module):
         return F.linear(x, self._weight, self._bias)
 
     def _by_slabs(self, x: torch.Tensor) -> torch.Tensor:
+        assert self._kernels is not None and self._packed is not None
         flat = x.reshape(-1, self._in_features)
         out = x.new_empty(len(flat), self._out_features)
-        slab = max(64, SLAB_SIZE // self._in_features // 64 * 64)
-        for first in range(0, self._out_features, slab):
-            end = min(first + slab, self._out_features)
-            slab_t = self.rows(torch.arange(first, end)).t()
+        step = max(1, SLAB_SIZE // self._in_features // SLAB_ROWS) * SLAB_ROWS
+        memory = _slab_memory(step * self._in_features)
+        for first in range(0, self._out_features, step):
+            end = min(first + step, self._out_features)
+            slab = memory[: (end - first) * self._in_features].view(end - first, self._in_features)
+            self._kernels.unpack_slab(self._packed, first, slab)
             if self._bias is None:
-                torch.mm(flat, slab_t, out=out[:, first:end])
+                torch.mm(flat, slab.t(), out=out[:, first:end])
             else:
-                torch.addmm(self._bias[first:end], flat, slab_t, out=out[:, first:end])
+                torch.addmm(self._bias[first:end], flat, slab.t(), out=out[:, first:end])
         return out.view(*x.shape[:-1], self._out_features)
 
     def weight_targets(self) -> dict[str, Target]:
@@ -109,7 +117,7 @@ class Linear(nn.Module):
     def rows(self, idx: torch.Tensor) -> torch.Tensor:
         """The rows idx (R,) int64 of the weight, as they came."""
         assert self._kernels is not None and self._packed is not None
-        return self._kernels.unpack(self._packed, idx)
+        return self._kernels.unpack_rows(self._packed, idx)
 
     def _fill_rows(self, start: int, piece: torch.Tensor) -> None:
         if self._weight is None:  # only now, so that a whole model's plain matrices never exist at once
@@ -131,6 +139,12 @@ class Linear(nn.Module):
         elif self._kernels is None and self._device.type == "cpu" and _can_pack(self._dtype):
             self._weight = torch.ops.mkldnn._reorder_linear_weight(self._weight, PACK_ROWS_HINT)
             self._is_blocked = True
+
+
+@functools.lru_cache(maxsize=4)
+def _slab_memory(size: int) -> torch.Tensor:
+    """For all layers, since one thread computes. Fresh memory would cost more in page faults than the unpacking."""
+    return empty_weight((size,), torch.bfloat16)
 
 
 def _can_pack(dtype: torch.dtype) -> bool:

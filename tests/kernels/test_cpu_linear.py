@@ -77,7 +77,7 @@ class Counted:
     """The kernels, with a note of how many rows were multiplied by them."""
 
     def __init__(self, kernels: CpuKernels) -> None:
-        self.pack, self.unpack, self._kernels = kernels.pack, kernels.unpack, kernels
+        self.pack, self.unpack_slab, self._kernels = kernels.pack, kernels.unpack_slab, kernels
         self.calls: list[int] = []
 
     def linear(self, x: torch.Tensor, weight: torch.Tensor | PackedMatrix, bias: torch.Tensor | None) -> torch.Tensor:
@@ -93,10 +93,10 @@ def test_linear_chooses(
 ) -> None:
     counted = Counted(kernels)
     monkeypatch.setattr(linear_module, "cpu_kernels", lambda: counted)
-    monkeypatch.setattr(linear_module, "SLAB_SIZE", 256 * 64)  # several slabs
-    weight, offset = torch.randn(200, num_in).bfloat16(), torch.randn(200).bfloat16()
+    monkeypatch.setattr(linear_module, "SLAB_SIZE", 1)  # several slabs
+    weight, offset = torch.randn(400, num_in).bfloat16(), torch.randn(400).bfloat16()
     cpu = torch.device("cpu")
-    linear = Linear(num_in, {"a": 200}, bias=bias, dtype=torch.bfloat16, device=cpu, few_rows=few_rows)
+    linear = Linear(num_in, {"a": 400}, bias=bias, dtype=torch.bfloat16, device=cpu, few_rows=few_rows)
     linear.weight_targets()["a.weight"].fill(weight)
     if bias:
         linear.weight_targets()["a.bias"].fill(offset)

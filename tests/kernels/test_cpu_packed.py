@@ -53,7 +53,7 @@ def test_every_bit_pattern_comes_back(kernels: CpuKernels) -> None:
     beside = torch.stack((shuffled, torch.full_like(every, 0x3C12)), 1)
     for weight in (from_bits(values).view(-1, 1024) for values in (every, shuffled, beside)):
         matrix = packed(kernels, weight)
-        assert torch.equal(bits(kernels.unpack(matrix, torch.arange(len(weight)))), bits(weight))
+        assert torch.equal(bits(kernels.unpack_rows(matrix, torch.arange(len(weight)))), bits(weight))
 
 
 @settings(max_examples=60, deadline=None)
@@ -65,7 +65,12 @@ def test_rows_come_back_in_any_order(kernels: CpuKernels, num_out: int, units: i
         patch.setattr(cpu_module, "MAX_ESCAPED", 1.0)
         matrix = packed(kernels, weight)
     rows = torch.randint(0, num_out, (2 * num_out,), generator=generator)
-    assert torch.equal(bits(kernels.unpack(matrix, rows)), bits(weight[rows]))
+    assert torch.equal(bits(kernels.unpack_rows(matrix, rows)), bits(weight[rows]))
+    for first in range(0, num_out, 3):
+        for end in (first + 1, (first + num_out + 1) // 2, num_out):
+            slab = torch.empty_like(weight[first:end])
+            kernels.unpack_slab(matrix, first, slab)
+            assert torch.equal(bits(slab), bits(weight[first:end]))
 
 
 @settings(max_examples=80, deadline=None)
@@ -109,7 +114,7 @@ def test_special_values(kernels: CpuKernels) -> None:
     common[:, ::5] = from_bits(SPECIAL).repeat(5)[: len(common[0, ::5])]
     common[4], common[5] = 0.0, -0.0  # all equal
     matrix = packed(kernels, common)
-    assert torch.equal(bits(kernels.unpack(matrix, torch.arange(6))), bits(common))
+    assert torch.equal(bits(kernels.unpack_rows(matrix, torch.arange(6))), bits(common))
     x = torch.randn(2, 256).bfloat16()
     assert torch.equal(bits(kernels.linear(x, matrix, None)), bits(kernels.linear(x, common, None)))
 
@@ -148,7 +153,7 @@ def test_bit_equal_with_any_company_and_threads(kernels: CpuKernels, threads: in
         torch.set_num_threads(threads)
         for same in (matrix, packed(kernels, weight)):
             assert torch.equal(kernels.linear(x, same, None), alone)
-        assert torch.equal(kernels.unpack(matrix, torch.arange(333)), weight)
+        assert torch.equal(kernels.unpack_rows(matrix, torch.arange(333)), weight)
     finally:
         torch.set_num_threads(before)
 
