@@ -27,6 +27,7 @@ from pathlib import Path
 
 from bench.server import serving
 from demo_training.cases import Case, held_out_case
+from demo_training.dialogues import IMAGE_LEADS
 from demo_training.photographs import crops
 from demo_training.phrases import wording
 from demo_training.questions import DECLINE, ORDINALS
@@ -95,9 +96,9 @@ def as_openai(case: Case, tell_order: bool) -> list[dict]:
 
 def with_order_told(parts: Sequence[str | Image.Image]) -> tuple[str | Image.Image, ...]:
     told: list[str | Image.Image] = []
-    nths = iter(ORDINALS)
+    leads = (IMAGE_LEADS[2].format(nth=nth) for nth in ORDINALS)
     for part in parts:
-        told += [f"This is the {next(nths)} image:", part] if isinstance(part, Image.Image) else [part]
+        told += [next(leads), part] if isinstance(part, Image.Image) else [part]
     return tuple(told)
 
 

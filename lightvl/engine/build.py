@@ -139,7 +139,7 @@ def build_service(config: ServerConfig, metrics: Metrics) -> LightVLService:
         takes_images=model.family.image_token_id is not None,
         chat_template=template_choice.name,
         sampling_defaults=sampling_defaults(generation_config),
-        sample_image=str(checkpoint / "sample.png") if is_demo else None,
+        sample_image=str(demo.SAMPLE) if is_demo else None,
     )
     report = [
         f"model: {info.served_name} ({info.family}), loaded in {load_s:.1f} s from {checkpoint}",

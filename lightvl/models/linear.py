@@ -1,7 +1,7 @@
 """Linear layers whose weight is held as the device wants it, and the choice of dtype that goes with it.
 
 On a CPU a decoder's bfloat16 weights are packed into 12 bits each, exactly, and few rows are multiplied by a kernel of
-our own; for many rows they are unpacked for oneDNN, which takes 5% of the product's time at 512 rows. All else is
+our own; for many rows they are unpacked for oneDNN, which takes 6% of the product's time at 512 rows. All else is
 packed once for oneDNN, whose packed matmul is 1.5 to 4 times faster than F.linear when few rows are computed and 5%
 faster with thousands. Used by the decoder and by vision towers; knows nothing about either.
 """

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -40,8 +39,7 @@ def square(x: int, y: int, half: int, fill: tuple[int, int, int]) -> Any:
 
 
 def test_the_sample_is_described(model: Running) -> None:
-    sample = Path(lightvl.demo.__file__).parent / "qwen2_vl" / "sample.png"
-    told = says(model, image_part(sample), text_part("What is in this image?"))
+    told = says(model, image_part(lightvl.demo.SAMPLE), text_part("What is in this image?"))
     for thing in ("blue circle at the left", "red star at the top right", "green square at the bottom right"):
         assert thing in told
 

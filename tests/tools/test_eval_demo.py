@@ -34,6 +34,21 @@ def test_confusions_tell_which_word_was_taken_for_which():
     assert eval_demo.confusions(OUTCOMES) == {("red.", "pink."): 1, ("top", "top."): 1, ("left.", ""): 1}
 
 
+def test_the_order_of_several_images_is_told_where_asked():
+    images = [Image.new("RGB", (60 + i, 60)) for i in range(2)]
+    several = Case("same", (("user", (*images, "Are they the same?")),), "")
+    alone = Case("colour", (("user", (images[0], "What colour?")),), "")
+
+    def kinds(case, tell_order):
+        (message,) = eval_demo.as_openai(case, tell_order)
+        return [part.get("text", "image") for part in message["content"]]
+
+    told = ["This is the first image:", "image", "This is the second image:", "image", "Are they the same?"]
+    assert kinds(several, True) == told
+    assert kinds(several, False) == ["image", "image", "Are they the same?"]
+    assert kinds(alone, True) == ["image", "What colour?"]
+
+
 def test_the_report_counts_by_kind_and_apart_from_photographs(capsys):
     numbers = eval_demo.report(OUTCOMES, show_wrong=5)
     assert numbers["by_kind"] == {"colour": [1, 2], "where": [0, 2]}

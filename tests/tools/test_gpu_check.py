@@ -24,6 +24,7 @@ from gpu.rows import Context, emit_line
 parser = argparse.ArgumentParser()
 for flag in ("--child", "--device", "--until", "--after"):
     parser.add_argument(flag)
+parser.add_argument("--profile", action="store_true")
 args = parser.parse_args()
 gpu.rows.device_answers = lambda: False
 context = Context(args.child, "cuda", float(args.until) - time.time(), emit_line, args.after)
@@ -33,6 +34,9 @@ def dies(row):
     print("last words")
     os.kill(os.getpid(), signal.SIGSEGV)
 context.check("fine", lambda row: row.at_most(1, 2, "ms"))
+if args.profile:
+    context.check("profiled", lambda row: None)
+    sys.exit()
 if args.child == "kernels":
     context.check("device lost", fails)
     context.check("dies", dies)
@@ -46,6 +50,13 @@ else:
 
 def of(rows: list[Row]) -> list[tuple[str, str]]:
     return [(row.check, row.verdict) for row in rows]
+
+
+def test_flags_reach_the_part(tmp_path: Path) -> None:
+    tool = tmp_path / "fake.py"
+    tool.write_text(FAKE)
+    run = Run(tool, ["kernels"], "cuda", tmp_path / "out", {"gpu": "none"}, flags=("--profile",))
+    assert of(run.run()) == [("fine", "pass"), ("profiled", "pass")]
 
 
 def test_a_part_goes_on_after_the_check_that_broke_it(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

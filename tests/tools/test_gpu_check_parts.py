@@ -25,7 +25,7 @@ from lightvl.models.family import ImageLayout
 from lightvl.models.vision.config import mllama_vision_config, qwen_vision_config
 
 
-def dry(part: str, only: str = "") -> list[Row]:
+def dry(part: str, only: str = "", **given: Any) -> list[Row]:
     """The rows of a part whose checks begin with `only`."""
     told: list[dict[str, Any]] = []
 
@@ -34,7 +34,7 @@ def dry(part: str, only: str = "") -> list[Row]:
             if name.startswith(only):
                 super().check(name, body, seconds=seconds)
 
-    importlib.import_module(f"gpu.{part}").run(Some(part, "cpu", 600, told.append))
+    importlib.import_module(f"gpu.{part}").run(Some(part, "cpu", 600, told.append, **given))
     return [Row(**message["row"]) for message in told if "row" in message]
 
 
@@ -85,6 +85,11 @@ def test_speed_dry() -> None:
     values = {row.check: row.value for row in rows}
     assert len(values) == 2 + 2 * (1 + 2 + 1 + 2)
     assert all(value is not None and value > 0 for value in values.values())
+
+
+def test_speed_tells_what_took_the_time(capfd: pytest.CaptureFixture[str]) -> None:
+    (row,) = dry("speed", "qwen2-vl-tiny: prefill", profiles=True)
+    assert row.verdict == "told" and f"-- {row.check}\n" in capfd.readouterr().out
 
 
 def test_memory_dry() -> None:

@@ -16,6 +16,7 @@ NO_IMAGE = "Please send me an image of drawn shapes, a printed word or a bar cha
 MAX_THINGS_OF_MANY = 2  # things in a scene that stands beside others
 MANY_KINDS = ("nth_image", "nth_image", "all_images", "same", "which_image", "which_image", "in_nth", "in_nth")
 MANY_SHARES = {"scene": 70, "print": 15, "chart": 15}  # percent of the images of such messages
+IMAGE_LEADS = ("Image {n}:", "The {nth} image:", "This is the {nth} image:", "Here is the {nth} image:")  # before it
 ORDINAL_LEADS = ("In the {} image:", "About the {} image:", "Look at the {} image.", "In the {} picture:")
 
 

@@ -1,6 +1,6 @@
 """The mllama model (Llama-3.2-Vision): its files as published, and a lean forward over transformers' own modules.
 
-One tile, all of it always computed: an image is fitted into TILE x TILE pixels and shows 145 tokens (the class token
+One tile, all of it always computed: an image is fitted into TILE x TILE pixels and shows 401 tokens (the class token
 first) to the rows of its span. Rows before the first image get nothing from a cross layer, as in Meta's reference.
 """
 
@@ -159,7 +159,7 @@ class Mllama:
         return LlamaWriter(self.tokenizer)
 
     def encode(self, group: ImageGroup) -> Tensor:
-        """Images -> (images, 145, hidden)."""
+        """Images -> (images, 401, hidden)."""
         vision, projector = self.tower
         images = len(group.patches)
         mean, std = pixel_scale(group.patches.device)

@@ -20,15 +20,9 @@ from .questions import ORDINALS, Said, Seen
 from .tokenizer import OTHER_SYSTEMS, SYSTEM
 from .views import ImageGroup, OnDevice, image_group
 
-OTHER_KINDS = {
-    "image_last": 30,
-    "turns": 16,
-    "pair": 30,
-    "triple": 8,
-    "talk": 16,
-}  # percent; "branches" is the main one
+# Percent of batches beside the main one, which is "branches".
+OTHER_KINDS = {"image_last": 30, "turns": 16, "pair": 30, "triple": 8, "talk": 16}
 NUM_BRANCHES = 8
-LEADS = ("Image {n}:", "The {nth} image:", "This is the {nth} image:", "Here is the {nth} image:")
 NUM_IMAGES = {"pair": 2, "triple": 3, "talk": 0}  # one in all other kinds
 
 
@@ -206,7 +200,7 @@ def make_sample(
     question, answer = asked or questions.ask_any(all_facts[0], rng)
     if not image_first:
         writer.add_question(first, tuple(questions.plain((part,)) for part in question))  # nothing to look at yet
-    lead = rng.choice(LEADS) if len(grids) > 1 and rng.random() < writer.LEAD_SHARE else ""
+    lead = rng.choice(dialogues.IMAGE_LEADS) if len(grids) > 1 and rng.random() < writer.LEAD_SHARE else ""
     for number, grid in enumerate(grids):
         writer.add(first, lead.format(nth=ORDINALS[number], n=number + 1))
         writer.add_image(first, grid)

@@ -17,13 +17,14 @@ import torch
 
 from gpu.devices import free
 from gpu.rows import Context, Row
-from gpu.served import Served
-from lightvl.core import Prompt, SamplingParams
+from gpu.served import Served, random_prompt
+from lightvl.core import SamplingParams
+from lightvl.engine.largest import COSTLIEST
 from lightvl.errors import Overloaded
 
 GIB = 2**30
 LEFT_BYTES = 96 << 20  # that the other leaves to a server
-COSTLIEST = SamplingParams(max_tokens=4, temperature=1.0, top_p=0.9, repetition_penalty=1.1, top_logprobs=20)
+COSTLY = dataclasses.replace(COSTLIEST, max_tokens=4)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,14 +62,15 @@ def _start(context: Context, served: Served, row: Row) -> None:
 def _at_once(context: Context, served: Served, sizes: Sizes, row: Row) -> None:
     """Prompts of several chunks, more sequences than run at once, each sampled in the costliest way, and images at the
     model's own limit. All must end well; told is the least memory that was free meanwhile."""
+    rng = np.random.default_rng(0)
     prompts = [
-        _words(seed, length) for count, length in (sizes.long_prompts, sizes.short_prompts) for seed in range(count)
+        random_prompt(rng, length) for count, length in (sizes.long_prompts, sizes.short_prompts) for _ in range(count)
     ]
     for count, side in (sizes.large_images, sizes.small_images):
         for idx in range(count):
             prompts.append(served.run(lambda idx=idx, side=side: served.image_prompt(f"{side} {idx}", (side, side))))  # type: ignore[misc]
     with _lowest_free(context) as lowest:
-        errors = [error for error in served.run(lambda: served.submit(prompts, COSTLIEST)) if error is not None]
+        errors = [error for error in served.run(lambda: served.submit(prompts, COSTLY)) if error is not None]
     row.tell(lowest[0] / GIB, "GiB")
     row.note = f"free at the least, of {lowest[1] / GIB:.2f} before; {len(prompts)} requests"
     assert not errors, f"{len(errors)} of {len(prompts)} failed: {errors[0]}"
@@ -81,20 +83,16 @@ def _without(context: Context, served: Served, sizes: Sizes, row: Row) -> None:
         return
     side = sizes.large_images[1]
     image = served.run(lambda: served.image_prompt("without", (side, side)))
+    text = random_prompt(np.random.default_rng(999), 40)
     free(context.device)
     taken = torch.empty(torch.cuda.mem_get_info()[0] - LEFT_BYTES, dtype=torch.uint8, device=context.device)
-    (refused,) = served.run(lambda: served.submit([image], COSTLIEST))
-    (meanwhile,) = served.run(lambda: served.submit([_words(999, 40)], SamplingParams(max_tokens=8)))
+    (refused,) = served.run(lambda: served.submit([image], COSTLY))
+    (meanwhile,) = served.run(lambda: served.submit([text], SamplingParams(max_tokens=8)))
     del taken
     free(context.device)
-    (later,) = served.run(lambda: served.submit([image], COSTLIEST))
+    (later,) = served.run(lambda: served.submit([image], COSTLY))
     row.note = f"the request ended with {type(refused).__name__}: {refused}"
     assert isinstance(refused, Overloaded) and meanwhile is None and later is None, (refused, meanwhile, later)
-
-
-def _words(seed: int, length: int) -> Prompt:
-    ids = np.random.default_rng(seed).integers(300, 400, length)
-    return Prompt(ids, ids.tolist())
 
 
 @contextmanager

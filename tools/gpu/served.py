@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from bench.workload import random_jpeg, random_words
 
 from gpu.devices import free
@@ -64,6 +65,12 @@ class Served:
     async def image_prompt(self, seed: str, size: tuple[int, int], num_words: int = 4) -> Prompt:
         parts = (ImagePart(_data_url(*size, seed)), TextPart(random_words(num_words, seed)))
         return await self.service.prompts.build_chat([Message("user", parts)])
+
+
+def random_prompt(rng: np.random.Generator, length: int) -> Prompt:
+    """Of plain tokens, whatever they mean."""
+    ids = rng.integers(300, 3000, length)
+    return Prompt(ids, ids.tolist())
 
 
 @functools.lru_cache(maxsize=32)

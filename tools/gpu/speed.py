@@ -27,7 +27,7 @@ from gpu.rooflines import (
     prefill_flops,
 )
 from gpu.rows import Context, Row
-from gpu.served import Served
+from gpu.served import Served, random_prompt
 from lightvl.core import Prompt, SamplingParams
 from lightvl.engine.build import LightVLService
 from lightvl.models.config import decoder_config, read_config
@@ -270,8 +270,4 @@ class Bench:
             ]
         length = self._sizes.prefill_len if kind == "prefill" else PROMPT_LEN
         rng = np.random.default_rng(self._num_asked)
-        made = []
-        for _ in range(num):
-            ids = rng.integers(300, 3000, length)
-            made.append(Prompt(ids, ids.tolist()))
-        return made
+        return [random_prompt(rng, length) for _ in range(num)]
