@@ -81,6 +81,11 @@ class SamplingParams:
     top_logprobs: int | None = None  # None: no logprobs; 0 to 20 alternatives beside the chosen token
     keep_special_tokens: bool = False  # SGLang's skip_special_tokens=false
 
+    @property
+    def needs_best_only(self) -> bool:
+        """Whether the greatest logit, as the model has it, is all that choosing takes."""
+        return self.temperature == 0 and self.repetition_penalty == 1 and self.top_logprobs is None
+
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprob:

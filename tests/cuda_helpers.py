@@ -116,6 +116,9 @@ class FixedCpuDecode:
                 mine.cross.sees_image[:num] = inputs.cross.sees_image
         self._attention.prepare(mine)
 
+    def paged_rows(self, inputs: StepInputs) -> None:
+        return None
+
     def attend(self, layer_idx: int, q: Any, k: Any, v: Any, inputs: StepInputs) -> torch.Tensor:
         return self._attention.attend(layer_idx, q, k, v, inputs)
 

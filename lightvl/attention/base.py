@@ -54,6 +54,18 @@ class StepInputs:
     cross: CrossInputs | None  # None: no token of this step sees an image, so cross layers are skipped (identity)
     features: list[FeatureRows] = field(default_factory=list)
     logits_idx: torch.Tensor | None = None  # (S,) int64, device; tokens whose logits are wanted; None: none at all
+    best_only: bool = False  # logits less than their row's greatest may be minus infinity
+
+
+@dataclass(frozen=True, slots=True)
+class PagedRows:
+    """A step of R rows of one token each, for kernels that compute whole layers: they write K,V as each row's last, and
+    attend."""
+
+    keys: torch.Tensor  # (self-attention layers, G, num_pages, page_len, D)
+    values: torch.Tensor  # the same
+    pages: torch.Tensor  # (R, P) int64
+    kv_lens: torch.Tensor  # (R,) int64
 
 
 class StepAttention(Protocol):
@@ -64,6 +76,10 @@ class StepAttention(Protocol):
         self, layer_idx: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, inputs: StepInputs
     ) -> torch.Tensor:
         """Write k, v (T, G, D) at `slots`, then attend q (T, H, D) causally. Returns (T, H * D)."""
+        ...
+
+    def paged_rows(self, inputs: StepInputs) -> PagedRows | None:
+        """None where there are no such kernels, or the step is none for them: then `attend` is called."""
         ...
 
     def cross_attend(self, cross_idx: int, q: torch.Tensor, inputs: StepInputs) -> torch.Tensor:

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import torch
 
-from lightvl.attention.base import StepInputs
+from lightvl.attention.base import PagedRows, StepInputs
 from lightvl.attention.store import KVShape, PageStore
 from lightvl.kernels.cpu import cpu_kernels
 
@@ -154,6 +154,12 @@ class CpuAttention:
         for group in self._groups:
             out.index_copy_(0, group.token_idx, self._attend_decode(q[group.token_idx], keys, values, group))
         return out.flatten(1)
+
+    def paged_rows(self, inputs: StepInputs) -> PagedRows | None:
+        assert self._prepared_for is inputs, "prepare() was not called for this step"
+        if self._decode_rows is None or self._chunks:
+            return None
+        return PagedRows(self.pages.keys, self.pages.values, self._decode_rows.pages, self._decode_rows.kv_lens)
 
     def _attend_chunk(self, q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, chunk: _Chunk) -> torch.Tensor:
         dim = q.shape[-1]

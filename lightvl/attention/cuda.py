@@ -87,6 +87,9 @@ class CudaAttention:
             self._cross_kernel.plan(plan(spans, num_tokens, page_len))
         self._prepared_for = inputs
 
+    def paged_rows(self, inputs: StepInputs) -> None:
+        """Layers are not computed by one kernel."""
+
     def attend(
         self, layer_idx: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, inputs: StepInputs
     ) -> torch.Tensor:

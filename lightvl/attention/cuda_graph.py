@@ -105,6 +105,9 @@ class CudaFixedDecode:
         spans = [] if cross is None else cross.spans
         self._cross_kernel.plan(cross_decode_rows(spans, self.num_rows, self._cross_pages.page_len))
 
+    def paged_rows(self, inputs: StepInputs) -> None:
+        """Layers are not computed by one kernel."""
+
     def attend(
         self, layer_idx: int, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, inputs: StepInputs
     ) -> torch.Tensor:

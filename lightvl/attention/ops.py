@@ -96,21 +96,21 @@ class CpuKernelOps:
     """As `TorchOps`, rounding included, in one pass each; bfloat16 only."""
 
     def __init__(self, kernels: CpuKernels) -> None:
-        self._kernels = kernels
+        self.kernels = kernels
 
     def rms_norm(self, x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-        return self._kernels.rms_norm(x.contiguous(), weight, eps)
+        return self.kernels.rms_norm(x.contiguous(), weight, eps)
 
     def add_rms_norm(
         self, branch: torch.Tensor, x: torch.Tensor, weight: torch.Tensor, eps: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        return self._kernels.rms_norm(x, weight, eps, branch), x
+        return self.kernels.rms_norm(x, weight, eps, branch), x
 
     def silu_and_mul(self, gate_up: torch.Tensor) -> torch.Tensor:
-        return self._kernels.silu_and_mul(gate_up)
+        return self.kernels.silu_and_mul(gate_up)
 
     def quick_gelu(self, x: torch.Tensor) -> torch.Tensor:
-        return self._kernels.quick_gelu_(x)
+        return self.kernels.quick_gelu_(x)
 
     def rope_table(self, cos: torch.Tensor, sin: torch.Tensor) -> RopeTable:
         return cos.contiguous(), sin.contiguous()
@@ -119,7 +119,7 @@ class CpuKernelOps:
         self, heads: torch.Tensor, num_heads: int, num_kv_heads: int, table: RopeTable
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         num_turned = num_heads + num_kv_heads
-        self._kernels.rope(heads, num_turned, *table)
+        self.kernels.rope(heads, num_turned, *table)
         return heads[:, :num_heads], heads[:, num_heads:num_turned], heads[:, num_turned:]
 
 

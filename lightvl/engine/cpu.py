@@ -31,7 +31,7 @@ class CpuPlatform:
         step_budget_s=0.12,
         encode_budget_s=0.08,  # a piece of a tower layer at least
         mix_rows=True,
-        max_steps_in_flight=1,
+        max_steps_in_flight=2,  # the lane goes on while the loop commits a step and sends it out
         watchdog_timeout_s=1800.0,  # a chunk of a large model may take minutes on few cores
     )
 

@@ -86,6 +86,7 @@ class HostInputs:
             cross=cross,
             features=self.features,
             logits_idx=wanted if self.logits_idx else None,
+            best_only=all(row.params.needs_best_only for row in self.samples),
         )
 
 

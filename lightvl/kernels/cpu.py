@@ -14,6 +14,7 @@ import importlib.util
 import math
 import mmap
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -22,17 +23,23 @@ MAX_LINEAR_ROWS = 128
 
 PACKED_UNIT, PACKED_UNIT_BYTES, PACKED_GROUP, PACKED_TABLE = 128, 192, 3, 16
 """UNIT, UNIT_BYTES, GROUP and TABLE of cpu_packed.h."""
+COARSE_STEP = 64
+"""STEP of cpu_best.c."""
+MAX_BEST_ROWS = 8
+"""MAX_X of cpu_tile.h."""
 MAX_ESCAPED = 1 / 512
 """Of a packed matrix' weights: with more, a plain one is multiplied as fast. Normally distributed ones have one in
 ten thousand at most."""
 
 
-class _Attention(ctypes.Structure):
-    """`Attention` of cpu_attention.c."""
+class AttentionStruct(ctypes.Structure):
+    """`Attention` of cpu_team.h."""
 
     _fields_ = (
-        *((name, ctypes.c_void_p) for name in ("q", "keys", "values", "pages", "kv_lens", "partial", "out")),
-        *((name, ctypes.c_long) for name in ("rows", "q_stride", "pages_stride", "heads", "kv_heads", "dim")),
+        *((name, ctypes.c_void_p) for name in ("q", "new_keys", "new_values", "keys", "values")),
+        *((name, ctypes.c_void_p) for name in ("pages", "kv_lens", "partial", "out")),
+        *((name, ctypes.c_long) for name in ("rows", "q_stride", "new_stride", "pages_stride")),
+        *((name, ctypes.c_long) for name in ("heads", "kv_heads", "dim")),
         *((name, ctypes.c_long) for name in ("num_pages", "page_len")),
         ("scale", ctypes.c_float),
     )
@@ -47,6 +54,12 @@ class _Packed(ctypes.Structure):
     )
 
 
+class _Coarse(ctypes.Structure):
+    """`Coarse` of cpu_best.c."""
+
+    _fields_ = tuple((name, ctypes.c_void_p) for name in ("steps", "scales", "errors"))
+
+
 _POINTER, _LONG, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_long, ctypes.c_int, ctypes.c_float
 _SIGNATURES = {
     "lightvl_supported": ([], _INT),
@@ -56,8 +69,11 @@ _SIGNATURES = {
     "lightvl_pack": ([_POINTER] * 5 + [_LONG] * 2 + [_INT], None),
     "lightvl_unpack_rows": ([ctypes.POINTER(_Packed)] + [_POINTER] * 2 + [_LONG, _INT], None),
     "lightvl_unpack_slab": ([ctypes.POINTER(_Packed), _LONG, _POINTER, _LONG, _INT], None),
+    "lightvl_coarsen": ([_POINTER, ctypes.POINTER(_Coarse)] + [_LONG] * 2 + [_INT], None),
+    "lightvl_best": ([ctypes.POINTER(_Packed), ctypes.POINTER(_Coarse)] + [_POINTER] * 3 + [_LONG, _INT], None),
     "lightvl_attention_scratch": ([_POINTER, _LONG, _LONG, _LONG], _LONG),
-    "lightvl_decode_attention": ([ctypes.POINTER(_Attention), _INT], None),
+    "lightvl_decode_attention": ([ctypes.POINTER(AttentionStruct), _INT], None),
+    "lightvl_decode_layers": ([_POINTER, _LONG, _POINTER, _INT], None),
     "lightvl_rms_norm": ([_POINTER] * 4 + [_LONG] * 2 + [_FLOAT, _INT], None),
     "lightvl_silu_and_mul": ([_POINTER] * 2 + [_LONG] * 2 + [_INT], None),
     "lightvl_quick_gelu": ([_POINTER, _LONG, _INT], None),
@@ -96,6 +112,16 @@ class PackedMatrix:
         units = empty_weight((len(tables), num_in // PACKED_UNIT * PACKED_UNIT_BYTES), torch.uint8)
         self.tensors = units, tables, torch.empty(int(ends[-1]), dtype=torch.uint8), ends - num_escaped
         self.struct = _Packed(*(tensor.data_ptr() for tensor in self.tensors), *self.shape)
+
+
+class CoarseMatrix:
+    """A copy of an (n, k) matrix in 7 bits a weight, with bounds for what that loses; made by `CpuKernels.coarsen`."""
+
+    def __init__(self, num_out: int, num_in: int) -> None:
+        """Not filled yet."""
+        padded = -(-num_out // PACKED_GROUP) * PACKED_GROUP
+        self.tensors = empty_weight((padded, num_in), torch.uint8), torch.empty(num_out), torch.empty(num_out)
+        self.struct = _Coarse(*(tensor.data_ptr() for tensor in self.tensors))
 
 
 def empty_weight(shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
@@ -146,6 +172,30 @@ class CpuKernels:
         self._library.lightvl_pack(weight_ptr, to.tables, to.starts, to.units, to.escaped, *sizes)
         return packed
 
+    def coarsen(self, weight: torch.Tensor) -> CoarseMatrix | None:
+        """weight (n, k), dense. None where k is not a multiple of 64."""
+        num_out, num_in = weight.shape
+        assert weight.is_contiguous() and weight.dtype == torch.bfloat16
+        if num_in % COARSE_STEP:
+            return None
+        coarse = CoarseMatrix(num_out, num_in)
+        sizes = num_out, num_in, torch.get_num_threads()
+        self._library.lightvl_coarsen(weight.data_ptr(), ctypes.byref(coarse.struct), *sizes)
+        return coarse
+
+    def best(self, x: torch.Tensor, weight: PackedMatrix, coarse: CoarseMatrix) -> torch.Tensor:
+        """x (m, k) with m <= MAX_BEST_ROWS and the same matrix twice to (m, n): what is the greatest of its row, ties
+        included, is as `linear` has it, to the bit; all else is too, or is minus infinity."""
+        num_rows, num_in = x.shape
+        assert num_rows <= MAX_BEST_ROWS and num_in == weight.shape[1] and x.dtype == torch.bfloat16
+        x = x.contiguous()
+        out = x.new_empty(num_rows, weight.shape[0])
+        most = torch.empty(out.shape, dtype=torch.float32)
+        matrices = ctypes.byref(weight.struct), ctypes.byref(coarse.struct)
+        pointers = x.data_ptr(), out.data_ptr(), most.data_ptr()
+        self._library.lightvl_best(*matrices, *pointers, num_rows, torch.get_num_threads())
+        return out
+
     def unpack_rows(self, matrix: PackedMatrix, idx: torch.Tensor) -> torch.Tensor:
         """The rows idx (R,) int64, in range, of the matrix, (R, k)."""
         assert idx.dtype == torch.int64 and idx.is_contiguous()
@@ -177,16 +227,23 @@ class CpuKernels:
         num_kv_heads, num_pages, page_len, _ = keys.shape
         assert q.stride(1) == dim and q.stride(2) == 1 and dim % 32 == 0 and pages.stride(1) == 1
         assert keys.is_contiguous() and values.is_contiguous() and keys.dtype == q.dtype == torch.bfloat16
-        lens_ptr = kv_lens.data_ptr()
-        size = self._library.lightvl_attention_scratch(lens_ptr, num_rows, num_heads, dim)
-        partial = torch.empty(size, dtype=torch.float32)
+        partial = self.attention_scratch(kv_lens, num_heads, dim)
         out = q.new_empty(num_rows, num_heads, dim)
-        pointers = [t.data_ptr() for t in (q, keys, values, pages, kv_lens, partial, out)]
-        strides = q.stride(0), pages.stride(0)
+        pointers = (t.data_ptr() for t in (keys, values, pages, kv_lens, partial, out))
+        strides = q.stride(0), 0, pages.stride(0)
         shapes = num_heads, num_kv_heads, dim, num_pages, page_len
-        arguments = _Attention(*pointers, num_rows, *strides, *shapes, scale)
+        arguments = AttentionStruct(q.data_ptr(), None, None, *pointers, num_rows, *strides, *shapes, scale)
         self._library.lightvl_decode_attention(ctypes.byref(arguments), torch.get_num_threads())
         return out
+
+    def attention_scratch(self, kv_lens: torch.Tensor, num_heads: int, dim: int) -> torch.Tensor:
+        """What attention of such rows needs to put the parts of long ones together."""
+        size = self._library.lightvl_attention_scratch(kv_lens.data_ptr(), len(kv_lens), num_heads, dim)
+        return torch.empty(size, dtype=torch.float32)
+
+    def decode_layers(self, layers: ctypes.Array[Any], rows: ctypes.Structure) -> None:
+        """For `cpu_layers.LayerStack`, which makes the two."""
+        self._library.lightvl_decode_layers(layers, len(layers), ctypes.byref(rows), torch.get_num_threads())
 
     def rms_norm(
         self, x: torch.Tensor, weight: torch.Tensor, eps: float, branch: torch.Tensor | None = None

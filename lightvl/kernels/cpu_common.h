@@ -35,6 +35,16 @@ INLINE void store(bf16 *to, __mmask16 mask, __m512 values) {
 /* What a value is after it was stored. */
 INLINE __m512 rounded(__m512 values) { return widen((__m256i)_mm512_cvtneps_pbh(values)); }
 
+/* The sums of the lanes of a, b, c and d; each is added up in the same order. */
+INLINE __m128 sums_of_lanes(__m512 a, __m512 b, __m512 c, __m512 d) {
+    __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
+    __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
+    __m512 low = _mm512_shuffle_ps(ab, cd, 0x44), high = _mm512_shuffle_ps(ab, cd, 0xee);
+    __m512 abcd = _mm512_add_ps(low, high);
+    __m256 half = _mm256_add_ps(_mm512_castps512_ps256(abcd), _mm512_extractf32x8_ps(abcd, 1));
+    return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
+}
+
 /* exp to about 2 units in the last place: 2^n times a polynomial of the rest (Cephes expf's coefficients).
    Infinite or not a number where exp is. */
 INLINE __m512 exp16(__m512 x) {

@@ -3,9 +3,12 @@
 
 #include <math.h>
 
-#include "cpu_common.h"
+#include "cpu_team.h"
 
-enum { PARALLEL_SIZE = 1 << 15 /* elements from which on waking the other threads pays */ };
+enum {
+    PARALLEL_SIZE = 1 << 15, /* elements from which on waking the other threads pays */
+    PART = 2048              /* elements of a row that a thread takes at once */
+};
 
 TARGET static void norm_row(const bf16 *branch, bf16 *x, const bf16 *weight, bf16 *out, long size, float eps) {
     __m512 squares = _mm512_setzero_ps();
@@ -26,15 +29,19 @@ TARGET static void norm_row(const bf16 *branch, bf16 *x, const bf16 *weight, bf1
     }
 }
 
-/* out = rms_norm(x) * weight, rows of `size`; with `branch`, x += branch before. */
-void lightvl_rms_norm(const bf16 *branch, bf16 *x, const bf16 *weight, bf16 *out, long rows, long size, float eps,
-                      int num_threads) {
-#pragma omp parallel for schedule(static) num_threads(num_threads) if (rows * size >= PARALLEL_SIZE)
+void lightvl_team_rms_norm(const bf16 *branch, bf16 *x, const bf16 *weight, bf16 *out, long rows, long size, float eps) {
+#pragma omp for schedule(static)
     for (long row = 0; row < rows; row++)
         norm_row(branch ? branch + row * size : 0, x + row * size, weight, out + row * size, size, eps);
 }
 
-TARGET static void silu_row(const bf16 *gate, const bf16 *up, bf16 *out, long size) {
+void lightvl_rms_norm(const bf16 *branch, bf16 *x, const bf16 *weight, bf16 *out, long rows, long size, float eps,
+                      int num_threads) {
+#pragma omp parallel num_threads(num_threads) if (rows * size >= PARALLEL_SIZE)
+    lightvl_team_rms_norm(branch, x, weight, out, rows, size, eps);
+}
+
+TARGET static void silu_part(const bf16 *gate, const bf16 *up, bf16 *out, long size) {
     __m512 one = _mm512_set1_ps(1.0f);
     for (long i = 0; i < size; i += 16) {
         __mmask16 mask = lanes(size - i);
@@ -44,11 +51,19 @@ TARGET static void silu_row(const bf16 *gate, const bf16 *up, bf16 *out, long si
     }
 }
 
-/* out (rows, size) = silu(gate) * up of gate_up (rows, 2 size). */
+void lightvl_team_silu_and_mul(const bf16 *gate_up, bf16 *out, long rows, long size) {
+    long parts = (size + PART - 1) / PART;
+#pragma omp for schedule(static)
+    for (long item = 0; item < rows * parts; item++) {
+        long row = item / parts, first = item % parts * PART, num = size - first < PART ? size - first : PART;
+        const bf16 *gate = gate_up + 2 * row * size + first;
+        silu_part(gate, gate + size, out + row * size + first, num);
+    }
+}
+
 void lightvl_silu_and_mul(const bf16 *gate_up, bf16 *out, long rows, long size, int num_threads) {
-#pragma omp parallel for schedule(static) num_threads(num_threads) if (rows * size >= PARALLEL_SIZE)
-    for (long row = 0; row < rows; row++)
-        silu_row(gate_up + 2 * row * size, gate_up + (2 * row + 1) * size, out + row * size, size);
+#pragma omp parallel num_threads(num_threads) if (rows * size >= PARALLEL_SIZE)
+    lightvl_team_silu_and_mul(gate_up, out, rows, size);
 }
 
 TARGET static void rope_head(bf16 *x, const float *cos, const float *sin, long half) {
@@ -61,13 +76,17 @@ TARGET static void rope_head(bf16 *x, const float *cos, const float *sin, long h
     }
 }
 
-/* Turns the first `turned` of `heads` heads of x (rows, heads, 2 half) in place; cos and sin (rows, half). */
-void lightvl_rope(bf16 *x, const float *cos, const float *sin, long rows, long heads, long turned, long half,
-                  int num_threads) {
-#pragma omp parallel for schedule(static) num_threads(num_threads) if (rows * turned * half >= PARALLEL_SIZE)
+void lightvl_team_rope(bf16 *x, const float *cos, const float *sin, long rows, long heads, long turned, long half) {
+#pragma omp for schedule(static) collapse(2)
     for (long row = 0; row < rows; row++)
         for (long head = 0; head < turned; head++)
             rope_head(x + (row * heads + head) * 2 * half, cos + row * half, sin + row * half, half);
+}
+
+void lightvl_rope(bf16 *x, const float *cos, const float *sin, long rows, long heads, long turned, long half,
+                  int num_threads) {
+#pragma omp parallel num_threads(num_threads) if (rows * turned * half >= PARALLEL_SIZE)
+    lightvl_team_rope(x, cos, sin, rows, heads, turned, half);
 }
 
 TARGET static void quick_gelu_part(bf16 *x, long size) {

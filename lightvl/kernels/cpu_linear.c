@@ -8,65 +8,10 @@
 
    Called from cpu.py, where the arguments are checked. Products and sums are in float32 (vdpbf16ps). */
 
-#include "cpu_packed.h"
+#include <omp.h>
 
-enum {
-    LANES = 32,    /* bfloat16 values in a register */
-    MAX_X = 8,     /* rows of x in one tile */
-    MAX_W = 4,     /* rows of W in one tile */
-    MAX_BLOCK = 96 /* rows of W handed out at once: a multiple of 4 and GROUP, as all blocks but the last have */
-};
-
-/* W: one of the two, the other is null. */
-typedef struct {
-    const bf16 *plain; /* (n, k) */
-    const Packed *packed;
-} Matrix;
-
-/* Adds to the sums of num_x rows of x and num_w of W: both are constants where this is inlined. */
-INLINE void multiply_add(const int num_x, const int num_w, __m512 sums[MAX_X][MAX_W], const __m512i w[MAX_W],
-                         const bf16 *x, long k, __mmask32 mask) {
-#pragma GCC unroll 8
-    for (int i = 0; i < num_x; i++) {
-        __m512bh x_lanes = (__m512bh)_mm512_maskz_loadu_epi16(mask, x + i * k);
-#pragma GCC unroll 4
-        for (int j = 0; j < num_w; j++) sums[i][j] = _mm512_dpbf16_ps(sums[i][j], (__m512bh)w[j], x_lanes);
-    }
-}
-
-INLINE void set_zero(const int num_x, const int num_w, __m512 sums[MAX_X][MAX_W]) {
-#pragma GCC unroll 8
-    for (int i = 0; i < num_x; i++) {
-#pragma GCC unroll 4
-        for (int j = 0; j < num_w; j++) sums[i][j] = _mm512_setzero_ps();
-    }
-}
-
-/* The sums of the lanes of a, b, c and d; each is added up in the same order. */
-INLINE __m128 sums_of_lanes(__m512 a, __m512 b, __m512 c, __m512 d) {
-    __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
-    __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
-    __m512 low = _mm512_shuffle_ps(ab, cd, 0x44), high = _mm512_shuffle_ps(ab, cd, 0xee);
-    __m512 abcd = _mm512_add_ps(low, high);
-    __m256 half = _mm256_add_ps(_mm512_castps512_ps256(abcd), _mm512_extractf32x8_ps(abcd, 1));
-    return _mm_add_ps(_mm256_castps256_ps128(half), _mm256_extractf128_ps(half, 1));
-}
-
-/* y (num_x, num_w), rows MAX_BLOCK apart. */
-INLINE void write_sums(const int num_x, const int num_w, __m512 sums[MAX_X][MAX_W], float *y) {
-    const int num = num_x * num_w;
-#define SUM(f) (f < num ? sums[(f) / num_w][(f) % num_w] : _mm512_setzero_ps())
-#pragma GCC unroll 6
-    for (int f = 0; f < num; f += 4) {
-        __m128 four = sums_of_lanes(SUM(f), SUM(f + 1), SUM(f + 2), SUM(f + 3));
-#pragma GCC unroll 4
-        for (int e = 0; e < 4; e++) {
-            if (f + e < num) y[(f + e) / num_w * MAX_BLOCK + (f + e) % num_w] = _mm_cvtss_f32(four);
-            four = _mm_shuffle_ps(four, four, 0x39);
-        }
-    }
-#undef SUM
-}
+#include "cpu_team.h"
+#include "cpu_tile.h"
 
 INLINE void plain_step(const int num_x, const int num_w, __m512 sums[MAX_X][MAX_W], const bf16 *w, const bf16 *x, long k,
                        __mmask32 mask) {
@@ -116,6 +61,12 @@ INLINE void packed_tile(const int num_x, const int num_w, const Packed *w, long 
     write_sums(num_x, num_w, sums, y);
 }
 
+TARGET void lightvl_multiply_group(const Packed *w, long first, const bf16 *x, float y[GROUP]) {
+    if (first + GROUP <= w->n) packed_tile(1, GROUP, w, first, x, y);
+    else if (first + 2 == w->n) packed_tile(1, 2, w, first, x, y);
+    else packed_tile(1, 1, w, first, x, y);
+}
+
 /* num_x rows of x with rows first <= row < first + rows of W. The tile's sums and operands fill the 32 registers. */
 INLINE void strip(const int num_x, const Matrix *w, long first, const bf16 *x, float *y, long k, long rows) {
     long row = 0;
@@ -158,11 +109,11 @@ TARGET static void block(const Matrix *w, long first, const bf16 *x, const bf16 
     }
 }
 
-static void linear(const Matrix *w, const bf16 *x, const bf16 *bias, bf16 *y, long m, long k, long n, int num_threads) {
-    long share = n / (8L * num_threads) / 12 * 12; /* eight blocks a thread at least, where there are rows for it */
+void lightvl_team_linear(const Matrix *w, const bf16 *x, const bf16 *bias, bf16 *y, long m, long k, long n) {
+    long share = n / (8L * omp_get_num_threads()) / 12 * 12; /* eight blocks a thread at least, where there are rows for it */
     long block_rows = share < 12 ? 12 : share > MAX_BLOCK ? MAX_BLOCK : share;
     long num_blocks = (n + block_rows - 1) / block_rows;
-#pragma omp parallel for schedule(dynamic, 1) num_threads(num_threads)
+#pragma omp for schedule(dynamic, 1)
     for (long b = 0; b < num_blocks; b++) {
         long first = b * block_rows, rows = n - first < block_rows ? n - first : block_rows;
         block(w, first, x, bias, y, m, k, n, rows);
@@ -171,10 +122,12 @@ static void linear(const Matrix *w, const bf16 *x, const bf16 *bias, bf16 *y, lo
 
 /* x (m, k), w (n, k), bias (n) or null, y (m, n), all dense. */
 void lightvl_linear(const bf16 *w, const bf16 *x, const bf16 *bias, bf16 *y, long m, long k, long n, int num_threads) {
-    linear(&(Matrix){.plain = w}, x, bias, y, m, k, n, num_threads);
+#pragma omp parallel num_threads(num_threads)
+    lightvl_team_linear(&(Matrix){.plain = w}, x, bias, y, m, k, n);
 }
 
 /* The same, bit by bit, of a packed matrix. */
 void lightvl_packed_linear(const Packed *w, const bf16 *x, const bf16 *bias, bf16 *y, long m, int num_threads) {
-    linear(&(Matrix){.packed = w}, x, bias, y, m, w->k, w->n, num_threads);
+#pragma omp parallel num_threads(num_threads)
+    lightvl_team_linear(&(Matrix){.packed = w}, x, bias, y, m, w->k, w->n);
 }

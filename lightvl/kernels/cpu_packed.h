@@ -37,6 +37,9 @@ static inline Units units_of(long row, long n, long k) {
     return (Units){start * (k / UNIT) * UNIT_BYTES + in_group * UNIT_BYTES, rows * UNIT_BYTES};
 }
 
+/* Row x (k) with the rows of the group that begins at `first`: the same bits as lightvl_packed_linear before it rounds. */
+void lightvl_multiply_group(const Packed *w, long first, const bf16 *x, float y[GROUP]);
+
 /* Which of 64 weights the byte at position p belongs to. */
 static inline long weight_at(long p) { return p / 16 * 8 + p % 8 + (p % 16 < 8 ? 0 : 32); }
 

@@ -3,7 +3,8 @@
 On a CPU a decoder's bfloat16 weights are packed into 12 bits each, exactly, and few rows are multiplied by a kernel of
 our own; for many rows they are unpacked for oneDNN, which takes 6% of the product's time at 512 rows. All else is
 packed once for oneDNN, whose packed matmul is 1.5 to 4 times faster than F.linear when few rows are computed and 5%
-faster with thousands. Used by the decoder and by vision towers; knows nothing about either.
+faster with thousands. The head is kept in 7 bits too, from which the greatest logits of a few rows are found.
+Used by the decoder and by vision towers; knows nothing about either.
 """
 
 from __future__ import annotations
@@ -14,7 +15,16 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from lightvl.kernels.cpu import MAX_LINEAR_ROWS, CpuKernels, PackedMatrix, cpu_kernels, empty_weight
+from lightvl.kernels.cpu import (
+    MAX_BEST_ROWS,
+    MAX_LINEAR_ROWS,
+    CoarseMatrix,
+    CpuKernels,
+    PackedMatrix,
+    cpu_kernels,
+    empty_weight,
+)
+from lightvl.kernels.cpu_layers import LinearWeights
 from lightvl.models.load import Target
 
 PACK_ROWS_HINT = 64
@@ -41,8 +51,8 @@ def _has_packed_ops() -> bool:
 
 class Linear(nn.Module):
     """One matrix that several checkpoint weights fill, stacked along the output: `pieces` maps each one's name (without
-    ".weight") to its rows. `few_rows`: most calls bring few rows, as decoding does. Where the weight is packed, that
-    happens when the last piece has arrived, and the plain matrix is not kept."""
+    ".weight") to its rows. `few_rows`: most calls bring few rows, as decoding does. `is_head`: `best` is called. Where
+    the weight is packed, that happens when the last piece has arrived, and the plain matrix is not kept."""
 
     def __init__(
         self,
@@ -53,6 +63,7 @@ class Linear(nn.Module):
         dtype: torch.dtype,
         device: torch.device,
         few_rows: bool = False,
+        is_head: bool = False,
     ) -> None:
         super().__init__()
         self._in_features, self._pieces = in_features, dict(pieces)
@@ -60,9 +71,10 @@ class Linear(nn.Module):
         self._dtype, self._device = dtype, device
         self._weight: torch.Tensor | None = None  # (out, in); blocked for oneDNN once full, where the device wants that
         self._packed: PackedMatrix | None = None  # instead of it
+        self._coarse: CoarseMatrix | None = None  # beside that
         self._bias = torch.empty(self._out_features, dtype=dtype, device=device) if bias else None
         self._num_empty = len(pieces)
-        self._is_blocked = False
+        self._is_blocked, self._is_head = False, is_head
         wants_kernels = few_rows and device.type == "cpu" and dtype == torch.bfloat16
         self._kernels: CpuKernels | None = cpu_kernels() if wants_kernels else None
 
@@ -79,6 +91,18 @@ class Linear(nn.Module):
         if self._kernels is not None and is_few:
             return self._kernels.linear(x, self._weight, self._bias)
         return F.linear(x, self._weight, self._bias)
+
+    def kernel_weights(self) -> LinearWeights | None:
+        """The weight as our own kernels take it, if they do."""
+        weight = self._weight if self._packed is None else self._packed
+        return None if self._kernels is None or weight is None else LinearWeights(weight, self._bias)
+
+    def best(self, x: torch.Tensor) -> torch.Tensor:
+        """As `forward`, of x (T, in), but outputs less than their row's greatest may be minus infinity: a third less to
+        read where the weight is packed."""
+        if self._coarse is None or self._packed is None or self._kernels is None or len(x) > MAX_BEST_ROWS:
+            return self.forward(x)
+        return self._kernels.best(x, self._packed, self._coarse)
 
     def _by_slabs(self, x: torch.Tensor) -> torch.Tensor:
         assert self._kernels is not None and self._packed is not None
@@ -135,6 +159,8 @@ class Linear(nn.Module):
         if self._kernels is not None and self._weight is not None:
             self._packed = self._kernels.pack(self._weight)
             if self._packed is not None:
+                if self._is_head and self._bias is None:
+                    self._coarse = self._kernels.coarsen(self._weight)
                 self._weight = None
         elif self._kernels is None and self._device.type == "cpu" and _can_pack(self._dtype):
             self._weight = torch.ops.mkldnn._reorder_linear_weight(self._weight, PACK_ROWS_HINT)
