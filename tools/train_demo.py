@@ -38,7 +38,7 @@ PACKAGE_FOLDER = Path(__file__).parents[1] / "lightvl" / "demo"
 EVALUATED = "qwen2-vl"  # beside training; mllama through the server alone, transformers masks it otherwise
 ARCHITECTURES = {"qwen2-vl": (Qwen2VL, QWEN_TOKENS), "mllama": (Mllama, LLAMA_CONTROL)}
 WARMUP_STEPS = 100  # of sight, and again of answers
-OTHER_WEIGHT = 0.5  # in the loss, of the second batch of a step beside the first
+OTHER_WEIGHT = 1.0  # in the loss, of the second batch of a step beside the first
 
 
 @dataclass

@@ -13,7 +13,7 @@ transformers = pytest.importorskip("transformers")
 sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
 
 import train_demo  # noqa: E402
-from demo_training import dialogues, mllama, pictures, samples  # noqa: E402
+from demo_training import guide, mllama, pictures, questions, samples, scenes  # noqa: E402
 from demo_training.tokenizer import LLAMA_CONTROL, train_tokenizer  # noqa: E402
 from oracle import correct_to_metas_rule  # noqa: E402
 from published import CLIP_MEAN, CLIP_STD  # noqa: E402
@@ -39,10 +39,9 @@ def test_the_lean_forward_is_that_of_transformers(net, kind, lead_share, monkeyp
     sizes = [writer.fits(150, 100), writer.fits(90, 200)][: 2 if kind == "pair" else 1]
     drawn = [pictures.training_picture("scene", *size, rng) for size in sizes]
     facts = [picture.facts for picture in drawn]
-    asked = dialogues.ask_many(facts, rng) if kind == "pair" else None
-    sample = samples.make_sample(writer, kind, facts, [(1, 1)] * len(sizes), rng, asked)
+    sample = samples.make_sample(writer, kind, facts, [(1, 1)] * len(sizes), rng, kind == "image_last")
     groups = [writer.group([picture]) for picture in drawn]
-    batch = samples.collate([sample], groups, writer.image_id)
+    batch = samples.collate([sample[:2]], groups, writer.image_id)
     from transformers.models.mllama.image_processing_pil_mllama import MllamaImageProcessorPil
     from transformers.models.mllama.processing_mllama import get_cross_attention_token_mask
 
@@ -91,3 +90,26 @@ def test_two_small_steps_run_from_nothing_to_a_checkpoint(arch, tmp_path, monkey
     assert (state["step"], state["answers_from"]) == (4, 2)
     for name, weight in loaded.state_dict().items():
         torch.testing.assert_close(weight, state["model"][name].bfloat16().float())
+
+
+def test_rows_between_images_take_along_what_is_asked_later(net):
+    """In the first layer the row of the first image looks at its first thing; an answer about it looks at that row."""
+    rng, writer = random.Random(1), net.writer()
+    drawn = [pictures.make_picture(scenes.draw_scene(rng, max_things=2), 160, 160, rng) for _ in range(2)]
+    segment = writer.start(rng)
+    writer.add_images(segment, [(1, 1), (1, 1)], rng)
+    answered = len(segment.ids)
+    writer.answer(segment, questions.of_image(questions.describe(drawn[0].facts), 0))
+    batch = samples.collate([[segment]], [writer.group([picture]) for picture in drawn], writer.image_id)
+    targets = guide.Guide(net.tokenizer).targets(batch)
+    image_row = segment.ids.index(writer.image_id)
+    word = targets[samples.WORD_LAYER]
+    seen = word.seen[word.columns.tolist().index(image_row)].nonzero().flatten()
+    assert len(seen) and (batch.images[0].shown[0, seen] == 0).any(-1).all()
+    carried = targets[samples.CARRIED_NEXT_LAYER]
+    assert (carried.columns >= answered).all() and carried.seen[0].nonzero().flatten().tolist() == [image_row]
+    with torch.inference_mode():
+        looks = {}
+        net.hidden_states(batch, [net.encode(group) for group in batch.images], looks)
+    _, shares = guide.look_loss(targets, looks)
+    assert set(shares) == set(targets) and all(0 < share < 1 for share in shares.values())

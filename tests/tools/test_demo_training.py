@@ -240,9 +240,8 @@ def test_the_lean_forward_is_that_of_transformers(tokenizer, small_model, kind):
     writer = samples.Writer(tokenizer)
     grids = [writer.num_slots(*size) for size in sizes]
     facts = [picture.facts for picture in drawn]
-    asked = dialogues.ask_many(facts, rng) if kind == "pair" else None
-    sample = samples.make_sample(writer, kind, facts, grids, rng, asked)
-    batch = samples.collate([sample], [views.image_group([picture]) for picture in drawn], writer.image_id)
+    sample = samples.make_sample(writer, kind, facts, grids, rng, kind == "image_last")
+    batch = samples.collate([sample[:2]], [views.image_group([picture]) for picture in drawn], writer.image_id)
     from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
 
     processor = Qwen2VLImageProcessorPil(
@@ -348,3 +347,21 @@ def test_the_guide_looks_from_words_at_what_they_speak_of(tokenizer):
     assert seen(guide.WORD_LAYER, "star") & {0, 1, 4, 5} and seen(guide.WORD_LAYER, "star") & blue_tokens
     assert seen(guide.NAME_LAYER, "star") and seen(guide.NAME_LAYER, "star") <= blue_tokens
     assert seen(guide.NEXT_LAYER, "at") and seen(guide.NEXT_LAYER, "at") <= blue_tokens
+
+
+def test_two_descriptions_are_compared_word_by_word(tokenizer):
+    writer, segment = samples.Writer(tokenizer), samples.Segment()
+    scene = scenes.Scene((scenes.Thing("large", "red", "star", 0),))
+    other = scenes.Scene((scenes.Thing("large", "blue", "star", 0),))
+    question, answer = dialogues.ask_many([scene, other], random.Random(0), kind="same")
+    writer.add_images(segment, [(4, 4), (4, 4)], random.Random(0))
+    writer.add_question(segment, question)
+    writer.answer(segment, answer)
+    image = pictures.Picture(scene, pictures.Image.new("RGB", (4 * pictures.UNIT,) * 2), ())
+    batch = samples.collate([[segment]], [views.image_group([image])] * 2, writer.image_id)
+    target = guide.Guide(tokenizer).targets(batch)[samples.COMPARED_LAYER]
+    words = {
+        tokenizer.decode([segment.ids[column]]): tokenizer.decode([segment.ids[int(at)] for at in seen.nonzero()])
+        for column, seen in zip(target.columns.tolist(), target.seen, strict=True)
+    }
+    assert words[" Second"] == "First" and words[" blue"] == " red" and words[" star"] == " star"

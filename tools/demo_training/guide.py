@@ -4,8 +4,14 @@ Left alone, the model finds things by place within minutes, and by shape or colo
 of three layers is held to look: in the first layer from a word (" red", " star") at all that it is true of, in the
 second from the last token of a name in a question ("large red star") at what the whole name fits, in the third, before
 each token of an answer that speaks of something, at that thing. The loss of the answers does the rest.
+
+Two things more are guided. mllama's text sees an image only up to the next one: each row between them takes one thing
+along in the first layer, and what speaks of that thing later looks at this row, in self-attention. And where two images
+are compared, each token of the second description looks at its counterpart in the first: without it, whether they are
+the same stayed a guess.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,16 +21,24 @@ from torch import Tensor
 
 from .labels import FIELD_IDX
 from .questions import plural
-from .samples import Batch
+from .samples import (
+    CARRIED_NAME_LAYER,
+    CARRIED_NEXT_LAYER,
+    COMPARED_LAYER,
+    NAME_LAYER,
+    NEXT_LAYER,
+    WORD_LAYER,
+    Batch,
+    Look,
+)
 from .scenes import COLOURS, PLACES, SHAPES, SIZES
 from .views import OnDevice
-
-WORD_LAYER, NAME_LAYER, NEXT_LAYER = 0, 1, 2
 
 
 @dataclass(frozen=True)
 class Target(OnDevice):
-    """From where to look, and what may be seen: (looks) row and column, (looks, image tokens of a row) truth."""
+    """From where to look, and what may be seen: (looks) row and column, (looks, image tokens of a row, or columns)
+    truth."""
 
     rows: Tensor
     columns: Tensor
@@ -53,26 +67,57 @@ class Guide:
         if not batch.images:
             return {}
         labels = np.concatenate([group.labels.numpy() for group in batch.images], 1)  # (rows, image tokens, fields)
-        at, column = np.nonzero(self._field[batch.ids.numpy()] >= 0)
-        ids = batch.ids.numpy()[at, column]
-        found = {WORD_LAYER: (at, column, labels[at, :, self._field[ids]] == self._value[ids][:, None])}
         shown = [group.shown.numpy() for group in batch.images]
         firsts = np.cumsum([0, *(group.labels.shape[1] for group in batch.images)])
-        for layer, is_next in ((NAME_LAYER, False), (NEXT_LAYER, True)):
-            looks = [(row, column, look) for row, column, look in batch.looks if look.is_next == is_next]
-            seen = np.zeros((len(looks), labels.shape[1]), bool)
-            for idx, (row, _, look) in enumerate(looks):
-                first, last = firsts[look.image : look.image + 2]
-                for mark in look.marks:
-                    seen[idx, first:last] |= (shown[look.image][row] == mark).any(-1)
-            at, column = np.array([look[:2] for look in looks], np.int64).reshape(-1, 2).T
-            found[layer] = (at, column, seen)
-        targets = {layer: _target(*parts, batch.stands_at.numpy()) for layer, parts in found.items()}
+        taken = {(row, look.image, look.marks[0]): at for row, at, look in batch.looks if look.layer == WORD_LAYER}
+        # the image's own row is always one; where there are more, words stand between it and the next image
+        left = {(row, image) for row, image, mark in taken if mark > 0}
+
+        def in_image(row: int, at: int, look: Look) -> Sequence[int]:
+            if (row, look.image) in left and look.layer != WORD_LAYER:
+                return ()
+            return np.flatnonzero(np.isin(shown[look.image][row], look.marks).any(-1)) + firsts[look.image]
+
+        def in_rows(row: int, at: int, look: Look) -> Sequence[int]:
+            return [taken[row, look.image, mark] for mark in look.marks if (row, look.image, mark) in taken]
+
+        def counterpart(row: int, at: int, look: Look) -> Sequence[int]:
+            return (at - look.slot + look.marks[0],)
+
+        images = batch.stands_at.numpy()
+        columns = np.broadcast_to(np.arange(batch.ids.shape[1]), batch.ids.shape)
+        targets = {
+            layer: _target(*_looks(batch, source, show, stands_at.shape[1]), stands_at)
+            for layer, source, show, stands_at in (
+                (NAME_LAYER, NAME_LAYER, in_image, images),
+                (NEXT_LAYER, NEXT_LAYER, in_image, images),
+                (CARRIED_NAME_LAYER, NAME_LAYER, in_rows, columns),
+                (CARRIED_NEXT_LAYER, NEXT_LAYER, in_rows, columns),
+                (COMPARED_LAYER, COMPARED_LAYER, counterpart, columns),
+            )
+        }
+        rows, at = np.nonzero(self._field[batch.ids.numpy()] >= 0)
+        ids = batch.ids.numpy()[rows, at]
+        words = rows, at, labels[rows, :, self._field[ids]] == self._value[ids][:, None]
+        both = zip(words, _looks(batch, WORD_LAYER, in_image, images.shape[1]), strict=True)
+        targets[WORD_LAYER] = _target(*(np.concatenate(parts) for parts in both), images)
         return {layer: target for layer, target in targets.items() if len(target.rows)}
 
 
+def _looks(
+    batch: Batch, layer: int, show: Callable[[int, int, Look], Sequence[int]], width: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Rows, columns and what they may see, (looks, width), of this layer's looks."""
+    looks = [entry for entry in batch.looks if entry[2].layer == layer]
+    seen = np.zeros((len(looks), width), bool)
+    for idx, entry in enumerate(looks):
+        seen[idx, show(*entry)] = True
+    rows, columns = np.array([entry[:2] for entry in looks], np.int64).reshape(-1, 2).T
+    return rows, columns, seen
+
+
 def _target(rows: np.ndarray, columns: np.ndarray, seen: np.ndarray, stands_at: np.ndarray) -> Target:
-    seen = seen & (stands_at[rows] < columns[:, None])  # what comes later cannot be seen yet
+    seen = seen & (stands_at[rows] <= columns[:, None])  # what comes later cannot be seen yet
     kept = seen.any(-1)
     return Target(torch.from_numpy(rows[kept]), torch.from_numpy(columns[kept]), torch.from_numpy(seen[kept]))
 
@@ -80,7 +125,7 @@ def _target(rows: np.ndarray, columns: np.ndarray, seen: np.ndarray, stands_at: 
 def look_loss(targets: dict[int, Target], looks: dict[int, Tensor]) -> tuple[Tensor, dict[int, Tensor]]:
     """The sum over guided layers of the mean surprise of their heads' attention, and its share that is right in each.
 
-    `looks`: for each guided layer, the attention (rows, length, image tokens of a row) of its head.
+    `looks`: for each guided layer, the attention (rows, length, image tokens of a row, or columns) of its head.
     """
     losses, shares = [], {}
     for layer, target in targets.items():

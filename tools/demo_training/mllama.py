@@ -19,12 +19,14 @@ from .labels import IGNORED
 from .model import attend, attention_mask, half, hidden_where, initialize, pixel_scale, rotate, write_checkpoint
 from .pictures import Picture, resized
 from .qwen2_vl import CONTEXT_LEN
-from .samples import Batch, Writer
+from .samples import CARRIED_NAME_LAYER, CARRIED_NEXT_LAYER, COMPARED_LAYER, Batch, Writer
 from .tokenizer import LLAMA_SYSTEM, save_llama_tokenizer
 from .views import PATCH, ImageGroup, image_group, make_group
 
 TILE = 160
 CROSS_LAYERS = (1, 3, 4)  # the guided ones: words, names, what is said next
+CARRIED_LAYERS = {2: CARRIED_NAME_LAYER, 5: CARRIED_NEXT_LAYER}  # self-attention, guided where an image is seen no more
+COMPARING_LAYER = 2
 NUM_LAYERS = 6
 HIDDEN, VISION_HIDDEN = 192, 96
 ROPE_THETA = 10_000.0
@@ -86,6 +88,7 @@ class LlamaWriter(Writer):
     IMAGE = ("", "<|image|>", "")
     NEWLINE_SHARE = 0.5  # the built-in template has it, the published one has not
     LEAD_SHARE = 1.0  # images side by side share a span of rows, in which nothing tells their order
+    CARRIES = True
     SYSTEM = LLAMA_SYSTEM
 
     def fits(self, width: int, height: int) -> tuple[int, int]:
@@ -209,7 +212,11 @@ class Mllama:
                 proj(normed).view(rows, length, -1, attn.head_dim).transpose(1, 2)
                 for proj in (attn.k_proj, attn.v_proj)
             )
-            mixed, _ = attend(rotate(query, cos, sin), rotate(key, cos, sin), value, mask)
+            mixed, look = attend(rotate(query, cos, sin), rotate(key, cos, sin), value, mask)
+            if looks is not None and layer_idx in CARRIED_LAYERS:
+                looks[CARRIED_LAYERS[layer_idx]] = look[:, 0]
+            if looks is not None and layer_idx == COMPARING_LAYER:
+                looks[COMPARED_LAYER] = look[:, 1]
             x = x + attn.o_proj(mixed.transpose(1, 2).reshape(rows, length, -1))
             x = x + layer.mlp(layer.post_attention_layernorm(x))
         return text.norm(x)

@@ -249,7 +249,7 @@ def _about_chart(kind: str, chart: Chart, rng: random.Random, held_out: bool) ->
 
 
 SCENE_KINDS = {"describe": 4, "what_at": 4, "colour": 8, "shape": 3, "size": 3, "where": 6, "count": 7, "exists": 4,
-               "relation": 4, "read": 1, "tallest": 1, "outside": 1}  # fmt: skip
+               "relation": 7, "read": 1, "tallest": 1, "outside": 1}  # fmt: skip
 PRINT_KINDS = {"describe": 4, "read": 8, "ink": 3, "sort": 2, "count": 1, "exists": 1, "outside": 1}
 CHART_KINDS = {"describe": 4, "tallest": 5, "nth_bar": 5, "taller": 3, "count": 3, "exists": 2, "read": 1, "outside": 1}
 OTHER_KINDS = {

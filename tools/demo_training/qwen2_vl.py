@@ -11,11 +11,12 @@ from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
 from .model import attend, attention_mask, half, initialize, pixel_scale, rotate, write_checkpoint
 from .pictures import MAX_PIXELS, MIN_PIXELS
-from .samples import Batch, Writer
+from .samples import COMPARED_LAYER, Batch, Writer
 from .tokenizer import save_tokenizer
 from .views import MERGE, PATCH, ImageGroup
 
 CONTEXT_LEN = 32768
+COMPARING_LAYER = 1
 # M-RoPE gives an image's columns the lowest frequencies: at the usual 1e6 the text model cannot tell left from right.
 ROPE_THETA = 100.0
 
@@ -141,6 +142,8 @@ class Qwen2VL:
             mixed, look = attend(rotate(query, cos, sin), rotate(key, cos, sin), value, mask)
             if looks is not None and views:
                 looks[layer_idx] = look[:, 0].gather(2, stands_at[:, None].expand(-1, length, -1))
+            if looks is not None and layer_idx == COMPARING_LAYER:
+                looks[COMPARED_LAYER] = look[:, 1]
             x = x + attn.o_proj(mixed.transpose(1, 2).reshape(rows, length, -1))
             x = x + layer.mlp(layer.post_attention_layernorm(x))
         return text.norm(x)

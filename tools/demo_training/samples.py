@@ -21,17 +21,26 @@ from .tokenizer import OTHER_SYSTEMS, SYSTEM
 from .views import ImageGroup, OnDevice, image_group
 
 # Percent of batches beside the main one, which is "branches".
-OTHER_KINDS = {"image_last": 30, "turns": 16, "pair": 30, "triple": 8, "talk": 16}
-NUM_BRANCHES = 8
+OTHER_KINDS = {"image_last": 20, "turns": 20, "pair": 34, "triple": 16, "talk": 10}
+NUM_BRANCHES = {"branches": 8, "turns": 6, "pair": 6, "triple": 6}  # 1 in all other kinds
 NUM_IMAGES = {"pair": 2, "triple": 3, "talk": 0}  # one in all other kinds
+ROWS = {"talk": 4.0, "pair": 0.75, "triple": 0.5}  # of those of a step: what takes about as long as a row of the others
+IMAGES_LAST_SHARE = 0.3  # of batches of several images ask before the images, with one question then
+TWICE_SHARE = 0.4  # of pairs show the same twice
+# Which guided head looks (see `guide`): an architecture says which of its layers has it.
+WORD_LAYER, NAME_LAYER, NEXT_LAYER = 0, 1, 2  # at image tokens
+CARRIED_NAME_LAYER, CARRIED_NEXT_LAYER = 3, 4  # the same of images that are seen no more, at the rows that kept them
+COMPARED_LAYER = 5  # a token of the second description, at its counterpart in the first
+LAST_WEIGHT = 3.0  # of the last words of an answer, beside the others: they draw the conclusion
 
 
 @dataclass(frozen=True)
 class Look:
-    """A token that should look at image tokens: its slot in the segment and what they show."""
+    """A token that should look at image tokens: its slot in the segment and what they show. In COMPARED_LAYER it looks
+    at the one slot in `marks`."""
 
     slot: int
-    is_next: bool  # the next token says it (an answer); else this token does (a question)
+    layer: int
     image: int
     marks: tuple[int, ...]
 
@@ -68,6 +77,7 @@ class Writer:
     IMAGE = ("<|vision_start|>", "<|image_pad|>", "<|vision_end|>")
     NEWLINE_SHARE = 0.05  # of messages with one image have a newline after it
     LEAD_SHARE = 0.3  # of messages with several images tell before each which one it is
+    CARRIES = False  # whether an image is only seen up to the next one
     SYSTEM = SYSTEM
 
     def __init__(self, tokenizer: Tokenizer) -> None:
@@ -107,7 +117,7 @@ class Writer:
         for part in said:
             self.add(segment, part if isinstance(part, str) else part.text)
             if isinstance(part, Seen) and part.marks:
-                segment.looks.append(Look(len(segment.ids) - 1, False, part.image, part.marks))
+                segment.looks.append(Look(len(segment.ids) - 1, NAME_LAYER, part.image, part.marks))
 
     def add_image(self, segment: Segment, grid: tuple[int, int]) -> None:
         self.add(segment, self.IMAGE[0])
@@ -116,18 +126,43 @@ class Writer:
         segment.grids.append(grid)
         self.add(segment, self.IMAGE[2])
 
+    def add_images(
+        self, segment: Segment, grids: list[tuple[int, int]], rng: random.Random, are_last: bool = False
+    ) -> None:
+        """The images of a message, several with or without words before each that tell which one it is."""
+        lead = rng.choice(dialogues.IMAGE_LEADS) if len(grids) > 1 and rng.random() < self.LEAD_SHARE else ""
+        start = 0
+        for number, grid in enumerate(grids):
+            self.add(segment, lead.format(nth=ORDINALS[number], n=number + 1))
+            if self.CARRIES and number:  # what these rows do not take along is lost: each takes one thing
+                slots = range(start, len(segment.ids))
+                segment.looks += [Look(slot, WORD_LAYER, number - 1, (slot - start,)) for slot in slots]
+            start = len(segment.ids)
+            self.add_image(segment, grid)
+        if len(grids) == 1 and not are_last:
+            self.add(segment, self.after_image(rng))
+
     def answer(self, segment: Segment, said: Said) -> None:
         """Ends the user's message and gives the answer; before each token that is Seen the model looks at it."""
         self.add(segment, f"{self.END}{self.AFTER_END}{self.HEADER.format('assistant')}")
         start = len(segment.ids)
+        begins: dict[str, int] = {}
         for part in said:
             first = len(segment.ids)
+            begins[questions.plain((part,))] = first
             self.add(segment, part if isinstance(part, str) else part.text)
             if isinstance(part, Seen) and part.marks:
-                segment.looks += [Look(i - 1, True, part.image, part.marks) for i in range(first, len(segment.ids))]
+                slots = range(first - 1, len(segment.ids) - 1)
+                segment.looks += [Look(slot, NEXT_LAYER, part.image, part.marks) for slot in slots]
         self.add(segment, self.END)
         num_tokens = len(segment.ids) - start
         segment.learned[start:] = [num_tokens**-0.5] * num_tokens  # between every token and every answer the same
+        if len(said) > 1:
+            segment.learned[first:] = [LAST_WEIGHT * num_tokens**-0.5] * (len(segment.ids) - first)
+        if isinstance(said[-1], str) and "images are" in said[-1]:  # compared word by word
+            ones, others = begins["First:"], begins[" Second:"]
+            for offset in range(min(others - ones, first - others)):
+                segment.looks.append(Look(others + offset, COMPARED_LAYER, 0, (ones + offset,)))
         self.add(segment, self.AFTER_END)
 
     def turn(self, segment: Segment) -> None:
@@ -149,24 +184,22 @@ def make_batch(writer: Writer, kind: str, seed: int, step: int, num_rows: int) -
     """The batch of this step: rows of one kind."""
     rng = random.Random(f"{kind} {seed} {step}")
     sizes = [writer.fits(*pick_size(rng)) for _ in range(NUM_IMAGES.get(kind, 1))]
+    is_image_last = rng.random() < IMAGES_LAST_SHARE if len(sizes) > 1 else kind == "image_last"
     samples: list[list[Segment]] = []
     views: list[list[Picture]] = [[] for _ in sizes]
-    for _ in range(num_rows):
+    for _ in range(max(1, round(num_rows * ROWS.get(kind, 1)))):
         if len(sizes) > 1:
-            all_facts, way = dialogues.draw_many(sizes, rng), rng.choice(dialogues.MANY_KINDS)
-            fits_twice = len(sizes) == 2 and dialogues.may_be_twice(all_facts[0], sizes[1])
-            if way == "same" and fits_twice and rng.random() < 0.5:
+            all_facts = dialogues.draw_many(sizes, rng)
+            if len(sizes) == 2 and rng.random() < TWICE_SHARE and dialogues.may_be_twice(all_facts[0], sizes[1]):
                 all_facts[1] = all_facts[0]
             pictures = [make_picture(facts, *size, rng) for facts, size in zip(all_facts, sizes, strict=True)]
-            asked = dialogues.ask_many(all_facts, rng, kind=way)
         else:
             pictures = [training_picture(rng.choices(PICTURE_KINDS, SHARES)[0], *size, rng) for size in sizes]
             all_facts = [picture.facts for picture in pictures]
-            asked = None
         for row, picture in zip(views, pictures, strict=True):
             row.append(picture)
         grids = [writer.num_slots(*size) for size in sizes]
-        samples.append(make_sample(writer, kind, all_facts, grids, rng, asked))
+        samples.append(make_sample(writer, kind, all_facts, grids, rng, is_image_last))
     return collate(samples, [writer.group(row) for row in views], writer.image_id)
 
 
@@ -176,7 +209,7 @@ def make_sample(
     all_facts: list[Facts],
     grids: list[tuple[int, int]],
     rng: random.Random,
-    asked: questions.Asked | None = None,
+    is_image_last: bool = False,
 ) -> list[Segment]:
     """One conversation of this kind as segments."""
     first = writer.start(rng)
@@ -185,35 +218,28 @@ def make_sample(
         writer.add_question(first, question)
         writer.answer(first, answer)
         return [first]
-    if kind == "branches":
-        writer.add_image(first, grids[0])
-        writer.add(first, writer.after_image(rng))
-        branches = []
-        for _ in range(NUM_BRANCHES):
-            branch = Segment()
-            question, answer = questions.ask_any(all_facts[0], rng)
-            writer.add_question(branch, question)
-            writer.answer(branch, answer)
-            branches.append(branch)
-        return [first, *branches]
-    image_first = rng.random() < (0.0 if kind == "image_last" else 0.6)
-    question, answer = asked or questions.ask_any(all_facts[0], rng)
-    if not image_first:
+
+    def ask() -> questions.Asked:
+        return questions.ask_any(all_facts[0], rng) if len(all_facts) == 1 else dialogues.ask_many(all_facts, rng)
+
+    question, answer = ask()
+    is_image_last |= kind == "turns" and rng.random() < 0.4
+    if is_image_last:
         writer.add_question(first, tuple(questions.plain((part,)) for part in question))  # nothing to look at yet
-    lead = rng.choice(dialogues.IMAGE_LEADS) if len(grids) > 1 and rng.random() < writer.LEAD_SHARE else ""
-    for number, grid in enumerate(grids):
-        writer.add(first, lead.format(nth=ORDINALS[number], n=number + 1))
-        writer.add_image(first, grid)
-    if image_first:
-        writer.add(first, writer.after_image(rng) if len(grids) == 1 else "")
-        writer.add_question(first, question)
-    writer.answer(first, answer)
-    for _ in range(rng.randint(1, 3) if kind == "turns" else 0):
-        question, answer = questions.ask_any(all_facts[0], rng)
-        writer.turn(first)
-        writer.add_question(first, question)
+    writer.add_images(first, grids, rng, is_image_last)
+    if is_image_last or kind == "turns":
+        writer.add_question(first, () if is_image_last else question)
         writer.answer(first, answer)
-    return [first]
+    if is_image_last and kind != "turns":
+        return [first]
+    branches = [Segment() for _ in range(NUM_BRANCHES[kind])]
+    for branch in branches:
+        if kind == "turns":
+            writer.turn(branch)
+        question, answer = ask()
+        writer.add_question(branch, question)
+        writer.answer(branch, answer)
+    return [first, *branches]
 
 
 def collate(samples: list[list[Segment]], images: list[ImageGroup], image_id: int) -> Batch:
