@@ -166,15 +166,25 @@ def draw(pen: ImageDraw.ImageDraw, spots: Sequence[Spot], scale: int, rng: rando
         if spot.thing.shape == "circle":
             pen.ellipse(box, spot.fill, outline, line)
         elif spot.thing.shape == "ring":
-            pen.ellipse(box, outline=spot.fill, width=round(radius * 0.36))
+            pen.ellipse(box, outline=spot.fill, width=round(radius * rng.uniform(0.24, 0.46)))
         else:
             cos, sin = math.cos(spot.turn) * radius, math.sin(spot.turn) * radius
-            points = [(x + dx * cos - dy * sin, y + dx * sin + dy * cos) for dx, dy in OUTLINES[spot.thing.shape]]
+            outline_points = _outline(spot.thing.shape, rng)
+            points = [(x + dx * cos - dy * sin, y + dx * sin + dy * cos) for dx, dy in outline_points]
             pen.polygon(points, spot.fill, outline, line)
 
 
-def _star() -> list[tuple[float, float]]:
-    tips = [(math.pi * (idx / 5 - 0.5), 1.0 if idx % 2 == 0 else 0.42) for idx in range(10)]
+def _outline(shape: str, rng: random.Random) -> Sequence[tuple[float, float]]:
+    """Corners within about the unit circle. Not everybody draws a star or a diamond alike; squares are square."""
+    if shape == "star":
+        return _star(rng.uniform(0.36, 0.52))
+    narrow, flat = NARROWEST.get(shape, (1.0, 1.0))
+    across, down = (rng.uniform(narrow, 1.0), 1.0) if rng.random() < 0.5 else (1.0, rng.uniform(flat, 1.0))
+    return [(dx * across, dy * down) for dx, dy in OUTLINES[shape]]
+
+
+def _star(inner: float) -> list[tuple[float, float]]:
+    tips = [(math.pi * (idx / 5 - 0.5), 1.0 if idx % 2 == 0 else inner) for idx in range(10)]
     return [(length * math.cos(angle), length * math.sin(angle)) for angle, length in tips]
 
 
@@ -189,12 +199,12 @@ def _heart() -> list[tuple[float, float]]:
     ]
 
 
+NARROWEST = {"triangle": (0.8, 0.8), "diamond": (0.6, 1.0), "heart": (0.85, 0.85)}  # as shares of width and height
 ARM = 0.32  # half the width of a cross's arm
 OUTLINES: dict[str, Sequence[tuple[float, float]]] = {
     "square": [(-0.85, -0.85), (0.85, -0.85), (0.85, 0.85), (-0.85, 0.85)],
     "triangle": [(0, -1), (0.87, 0.6), (-0.87, 0.6)],
-    "diamond": [(0, -1), (0.62, 0), (0, 1), (-0.62, 0)],
-    "star": _star(),
+    "diamond": [(0, -1), (0.85, 0), (0, 1), (-0.85, 0)],
     "heart": _heart(),
     "cross": [
         *((-ARM, -1), (ARM, -1), (ARM, -ARM), (1, -ARM), (1, ARM), (ARM, ARM)),
