@@ -12,7 +12,7 @@
 
 enum {
     SPLIT = 512, /* keys of one split */
-    BLOCK = 64,  /* keys whose scores are computed before their values are read; a divisor of SPLIT */
+    BLOCK = 64,  /* keys whose scores are computed before their values are read */
     MAX_GROUP = 8 /* query heads at a time */
 };
 
@@ -136,10 +136,9 @@ INLINE void attend_split(const int num, const Attention *a, long row, long kv_he
     const bf16 *q = a->q + row * a->q_stride + head * a->dim;
     long places[2][BLOCK] = {{0}}, num_keys = places_from(a, row, kv_head, begin, end, places[0]);
     for (long i = 0; i < num_keys; i++) prefetch_row(a->keys + places[0][i], a->dim);
-    for (long key = begin; key < end;) {
-        long *at = places[key / BLOCK % 2], *next = places[(key / BLOCK + 1) % 2];
-        long num_next = places_from(a, row, kv_head, key + num_keys, end, next);
-        attend_block(num, a, q, at, num_keys, next, sums);
+    for (long key = begin, turn = 0; key < end; turn ^= 1) {
+        long num_next = places_from(a, row, kv_head, key + num_keys, end, places[turn ^ 1]);
+        attend_block(num, a, q, places[turn], num_keys, places[turn ^ 1], sums);
         key += num_keys, num_keys = num_next;
     }
 }
