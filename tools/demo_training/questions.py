@@ -176,7 +176,8 @@ def _listed(words: Sequence[tuple[str, int]], lead: str) -> list[Seen]:
 
 def _relation(scene: Scene, template: str, rng: random.Random) -> Asked:
     """Whether one thing is left of, right of, above or below another; never of two in one column or row."""
-    one, other = rng.sample(range(len(scene.things)), 2)
+    single = [idx for idx, thing in enumerate(scene.things) if len(_fitting(scene, thing.words)) == 1]
+    one, other = rng.sample(single if len(single) > 1 else range(len(scene.things)), 2)
     ways = []
     for relation, (axis, sign) in RELATIONS.items():
         at = [scene.things[i].place_idx % 3 if axis == 0 else scene.things[i].place_idx // 3 for i in (one, other)]

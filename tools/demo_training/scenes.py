@@ -35,6 +35,9 @@ MAX_TURN = {"square": 0.3, "diamond": 0.25, "heart": 0.5}  # radians; other shap
 MIN_RADIUS = 5.5  # pixels; below it shapes cannot be told apart
 NUM_TRIES = 20  # for one thing, before all are laid out anew
 MIN_SHRINK = 0.87  # of crowded layouts; sizes stay apart
+ALIKE_SHARE = (
+    0.5  # of scenes have things of one colour and shape, and so many of their things are such: people count them
+)
 NUM_THINGS = (1, 2, 2, 3, 3, 4, 4, 5, 6)
 
 HELD_OUT_SHARE = 10  # one layout in so many
@@ -99,12 +102,13 @@ def draw_scene(
     sizes = [size for size in SIZES if RADII[size][0] * unit(width, height) >= MIN_RADIUS] or ["large"]
     while True:
         num_things = min(max_things, len(places), rng.choice(NUM_THINGS))
-        scene = Scene(
-            tuple(
-                Thing(rng.choice(sizes), rng.choice(tuple(COLOURS)), rng.choice(SHAPES), place)
-                for place in sorted(rng.sample(places, num_things))
-            )
-        )
+        alike = rng.choice(tuple(COLOURS)), rng.choice(SHAPES)
+        share = ALIKE_SHARE if rng.random() < ALIKE_SHARE else 0.0
+        things = []
+        for place in sorted(rng.sample(places, num_things)):
+            any_kind = rng.choice(tuple(COLOURS)), rng.choice(SHAPES)
+            things.append(Thing(rng.choice(sizes), *(alike if rng.random() < share else any_kind), place))
+        scene = Scene(tuple(things))
         if is_held_out(scene.key) == held_out:
             return scene
 
