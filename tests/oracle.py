@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from lightvl.attention.base import AttentionBackend, CrossInputs, CrossSpan, FeatureRows, SelfInputs, StepInputs
+from lightvl.models.config import DecoderConfig
 from lightvl.models.decoder import Decoder
 from lightvl.models.load import LoadFormat
 from lightvl.models.model import Model, build_model
@@ -96,6 +97,16 @@ def correct_to_metas_rule(text_model: Any) -> None:
 
         layer.register_forward_pre_hook(remember, with_kwargs=True)
         layer.cross_attn.register_forward_hook(zero)
+
+
+def random_decoder(config: DecoderConfig) -> Decoder:
+    """In bfloat16 on the CPU, with the same weights each time."""
+    with torch.inference_mode():
+        decoder = Decoder(config, torch.bfloat16, torch.device("cpu"))
+        generator = torch.Generator().manual_seed(0)
+        for target in decoder.weight_part().targets.values():
+            target.fill(torch.randn(target.shape, generator=generator) * target.shape[-1] ** -0.5)
+    return decoder
 
 
 @dataclass

@@ -38,7 +38,6 @@ PACKAGE_FOLDER = Path(__file__).parents[1] / "lightvl" / "demo"
 EVALUATED = "qwen2-vl"  # beside training; mllama through the server alone, transformers masks it otherwise
 ARCHITECTURES = {"qwen2-vl": (Qwen2VL, QWEN_TOKENS), "mllama": (Mllama, LLAMA_CONTROL)}
 WARMUP_STEPS = 100  # of sight, and again of answers
-OTHER_WEIGHT = 1.0  # in the loss, of the second batch of a step beside the first
 
 
 @dataclass
@@ -183,7 +182,7 @@ class Run:
             answers = answer_loss(self.net, batch, views[: len(batch.images)], looks)
             views = views[len(batch.images) :]
             guided, shares = look_loss(targets, looks)
-            total = total + (OTHER_WEIGHT if idx else 1.0) * (answers + args.look_weight * guided)
+            total = total + answers + args.look_weight * guided
             if told is not None:
                 told |= {f"look{layer}": share for layer, share in shares.items()} if idx == 0 else {}
                 told["others" if idx else "answers"] = answers.detach()

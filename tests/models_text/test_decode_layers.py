@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from oracle import Drive, DriveRow, load_model, tiny_llama, tiny_qwen2
+from oracle import Drive, DriveRow, load_model, random_decoder, tiny_llama, tiny_qwen2
 
 from lightvl.attention.cpu import CpuAttention
 from lightvl.kernels.cpu import CpuKernels, cpu_kernels
@@ -30,15 +30,6 @@ PAGE_LEN = 5
 def config_of(name: str, folder: Path) -> DecoderConfig:
     MODELS[name](folder)
     return load_model(folder, torch.bfloat16).config
-
-
-def random_decoder(config: DecoderConfig) -> Decoder:
-    with torch.inference_mode():
-        decoder = Decoder(config, torch.bfloat16, torch.device("cpu"))
-        generator = torch.Generator().manual_seed(0)
-        for target in decoder.weight_part().targets.values():
-            target.fill(torch.randn(target.shape, generator=generator) * target.shape[-1] ** -0.5)
-    return decoder
 
 
 def drive(decoder: Decoder) -> Drive:

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 import torch
-from oracle import Drive, DriveRow, load_model, tiny_llama, tiny_mistral, tiny_qwen2
+from oracle import Drive, DriveRow, load_model, random_decoder, tiny_llama, tiny_mistral, tiny_qwen2
 from tiny_models import tiny_qwen2_5_vl, tiny_qwen2_vl
 
 from lightvl.attention.cpu import CpuAttention
@@ -158,11 +158,7 @@ def test_weights_in_12_bits_change_nothing(
     config = replace(load(tmp_path, torch.bfloat16).config, embedding_rows=320, vocab_size=320 - num_extra)
 
     def logits(*, keeps_embedding: bool) -> list[torch.Tensor]:
-        with torch.inference_mode():
-            decoder = Decoder(config, torch.bfloat16, torch.device("cpu"))
-            generator = torch.Generator().manual_seed(0)
-            for target in decoder.weight_part().targets.values():
-                target.fill(torch.randn(target.shape, generator=generator) * target.shape[-1] ** -0.5)
+        decoder = random_decoder(config)
         assert (decoder._embedding is not None) == keeps_embedding
         driven = drive(decoder)
         return [driven.step([DriveRow("a", random_ids(num, num))])[0] for num in (20, 1, 140)]

@@ -35,9 +35,7 @@ MAX_TURN = {"square": 0.3, "diamond": 0.25, "heart": 0.5}  # radians; other shap
 MIN_RADIUS = 5.5  # pixels; below it shapes cannot be told apart
 NUM_TRIES = 20  # for one thing, before all are laid out anew
 MIN_SHRINK = 0.87  # of crowded layouts; sizes stay apart
-ALIKE_SHARE = (
-    0.5  # of scenes have things of one colour and shape, and so many of their things are such: people count them
-)
+ALIKE_SHARE = 0.5  # of scenes have a kind that so many of their things are of: people count such
 NUM_THINGS = (1, 2, 2, 3, 3, 4, 4, 5, 6)
 
 HELD_OUT_SHARE = 10  # one layout in so many
