@@ -1,12 +1,12 @@
 """Makes the embedded model: draws scenes, asks about them, trains a small model from nothing, writes its folder.
 
-    python tools/train_demo.py --minutes 140                                       # on a CPU
+    python tools/train_demo.py --minutes 150 --processes 2                         # on two cores
     python tools/train_demo.py --minutes 8 --device cuda --workers 7 --sight-rows 128 --rows 64 --more-views 64
     python tools/train_demo.py --steps 5000     # the same weights again from the same seed, on the same machine
 
 First the tower alone learns to name what its tokens show, then everything learns to answer. The learning rate follows
 the clock. A run goes on from the checkpoint in `--work` where there is one; SIGTERM or the end of a `--stint` ends it
-with one, and a run may be stopped and continued. On a shared machine: one thread, `nice`, and
+with one, and a run may be stopped and continued. On a CPU one process of one thread for each core is fastest, with
 MALLOC_MMAP_THRESHOLD_=4000000000 MALLOC_TRIM_THRESHOLD_=8000000000 (freed memory is kept: one tenth faster).
 """
 
@@ -14,21 +14,24 @@ import argparse
 import csv
 import functools
 import math
+import multiprocessing
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from demo_training.evaluate import evaluate, table
-from demo_training.guide import Guide, look_loss
+from demo_training.guide import Guide, kept_loss, look_loss
 from demo_training.lessons import Lesson, Teacher, in_order
 from demo_training.mllama import Mllama
 from demo_training.model import Architecture, answer_loss
 from demo_training.qwen2_vl import Qwen2VL
+from demo_training.samples import KEPT
 from demo_training.sight import make_head, name_loss, name_shares
+from demo_training.team import Team
 from demo_training.tokenizer import LLAMA_CONTROL, QWEN_TOKENS, train_tokenizer
 from tokenizers import Tokenizer
 from torch import Tensor
@@ -38,6 +41,8 @@ PACKAGE_FOLDER = Path(__file__).parents[1] / "lightvl" / "demo"
 EVALUATED = "qwen2-vl"  # beside training; mllama through the server alone, transformers masks it otherwise
 ARCHITECTURES = {"qwen2-vl": (Qwen2VL, QWEN_TOKENS), "mllama": (Mllama, LLAMA_CONTROL)}
 WARMUP_STEPS = 100  # of sight, and again of answers
+DECAY = 0.05
+TOKENIZER, MEETING_POINT = "tokenizer.json", "meeting"  # files in the work folder
 
 
 @dataclass
@@ -46,14 +51,13 @@ class Clock:
 
     steps: int | None
     minutes: float | None
-    now: Callable[[], float]
+    team: Team
     step: int = 0
     seconds_before: float = 0.0  # of earlier runs that this one resumes
-    started: float = 0.0
 
     @property
     def seconds(self) -> float:
-        return self.seconds_before + self.now() - self.started
+        return self.seconds_before + self.team.seconds
 
     @property
     def progress(self) -> float:
@@ -67,30 +71,57 @@ def cosine_rate(peak: float, last: float, steps_done: int, progress: float) -> f
     return peak * min(1.0, (steps_done + 1) / WARMUP_STEPS) * (last + (1 - last) * cosine)
 
 
-def make_optimizer(model: torch.nn.Module) -> torch.optim.AdamW:
-    """AdamW, with decay for matrices only."""
-    matrices = [weight for weight in model.parameters() if weight.ndim > 1]
-    vectors = [weight for weight in model.parameters() if weight.ndim <= 1]
-    groups = [{"params": matrices, "weight_decay": 0.05}, {"params": vectors, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, betas=(0.9, 0.98), fused=True)
+def make_optimizers(net: Architecture, head: torch.nn.Module) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices of layers, which learn in half of the steps with it; AdamW for all others, of which vectors
+    do not decay."""
+    outer = {id(weight) for part in (head, net.model.lm_head) for weight in part.parameters()}
+    inner = [module.weight for module in net.model.modules() if isinstance(module, torch.nn.Linear)]
+    inner = [weight for weight in inner if id(weight) not in outer]
+    learned_by_muon = {id(weight) for weight in inner}
+    others = [w for part in (net.model, head) for w in part.parameters() if id(w) not in learned_by_muon]
+    groups = [
+        {"params": [weight for weight in others if weight.ndim > 1], "weight_decay": DECAY},
+        {"params": [weight for weight in others if weight.ndim <= 1], "weight_decay": 0.0},
+    ]
+    return [
+        torch.optim.Muon(inner, weight_decay=DECAY, adjust_lr_fn="match_rms_adamw"),  # one rate fits both
+        torch.optim.AdamW(groups, betas=(0.9, 0.98), fused=True),
+    ]
 
 
 def train(args: argparse.Namespace) -> None:
+    """Trains in this process and in others beside it."""
+    args.work.mkdir(parents=True, exist_ok=True)
+    (args.work / MEETING_POINT).unlink(missing_ok=True)
+    if not (args.work / TOKENIZER).exists():
+        train_tokenizer(ARCHITECTURES[args.arch][1]).save(str(args.work / TOKENIZER))
+    start = multiprocessing.get_context("spawn").Process
+    others = [start(target=train_part, args=(args, rank), daemon=True) for rank in range(1, args.processes)]
+    for process in others:
+        process.start()
+    train_part(args, 0)
+    for process in others:
+        process.join()
+
+
+def train_part(args: argparse.Namespace, rank: int) -> None:
     torch.set_num_threads(args.threads)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # each worker is one thread
-    args.work.mkdir(parents=True, exist_ok=True)
-    tokenizer_path = args.work / "tokenizer.json"
-    build, control_tokens = ARCHITECTURES[args.arch]
-    tokenizer = Tokenizer.from_file(str(tokenizer_path)) if tokenizer_path.exists() else train_tokenizer(control_tokens)
-    tokenizer.save(str(tokenizer_path))
-    net: Architecture = build(tokenizer, args.seed)
+    tokenizer = Tokenizer.from_file(str(args.work / TOKENIZER))
+    net: Architecture = ARCHITECTURES[args.arch][0](tokenizer, args.seed)
     net.model.train()
     torch.manual_seed(args.seed + 1)
-    run = Run(args, net, make_head(net.feature_size), Teacher(net.writer(), Guide(tokenizer), args.seed))
+    # a machine with an accelerator is lent by the minute; on a shared CPU only the time that was given counts
+    clock = time.thread_time if args.device == "cpu" else time.monotonic
+    team = Team(rank, args.processes, args.work / MEETING_POINT, clock)
+    run = Run(args, net, make_head(net.feature_size), Teacher(net.writer(), Guide(tokenizer), args.seed, rank), team)
     run.restore()
     before = signal.signal(signal.SIGTERM, run.stop)
     run.go()
     signal.signal(signal.SIGTERM, before)
+    team.leave()
+    if rank:
+        return
     print(f"{run.clock.step} steps, {run.clock.seconds / 60:.1f} minutes, loss {run.mean_loss:.4f}", flush=True)
     if run.clock.progress < 1:
         return
@@ -104,18 +135,19 @@ def train(args: argparse.Namespace) -> None:
 class Run:
     """Training: everything that a checkpoint keeps, and one step after the other."""
 
-    def __init__(self, args: argparse.Namespace, net: Architecture, head: torch.nn.Module, teacher: Teacher) -> None:
+    def __init__(
+        self, args: argparse.Namespace, net: Architecture, head: torch.nn.Module, teacher: Teacher, team: Team
+    ) -> None:
+        self.team = team
         self.args, self.net, self.model, self.head, self.teacher = args, net, net.model, head, teacher
         self.device = torch.device(args.device)
         learner = torch.nn.ModuleList([net.model, head]).to(self.device)
         self.weights = list(learner.parameters())
-        self.optimizer = make_optimizer(learner)
-        # a machine with an accelerator is lent by the minute; on a shared CPU only the time that was given counts
-        self.clock = Clock(args.steps, args.minutes, time.thread_time if args.device == "cpu" else time.monotonic)
+        self.optimizers = make_optimizers(net, head)
+        self.clock = Clock(args.steps, args.minutes, team)
         self.answers_from: int | None = None  # the step at which sight was done
         self.mean_loss = 0.0
         self.checkpoint = args.work / "checkpoint.pt"
-        self.is_told_to_stop = False
 
     def restore(self) -> None:
         """Goes on from the checkpoint where there is one."""
@@ -123,25 +155,29 @@ class Run:
             state = torch.load(self.checkpoint, weights_only=True, map_location=self.device)
             self.model.load_state_dict(state["model"])
             self.head.load_state_dict(state["head"])
-            self.optimizer.load_state_dict(state["optimizer"])
+            for optimizer, kept in zip(self.optimizers, state["optimizers"], strict=True):
+                optimizer.load_state_dict(kept)
             self.clock.step, self.clock.seconds_before = state["step"], state["seconds"]
             self.answers_from, self.mean_loss = state["answers_from"], state["mean_loss"]
 
     def stop(self, *_: object) -> None:
         """Ends the run after the present step, with a checkpoint to go on from."""
-        self.is_told_to_stop = True
+        self.team.wants_to_stop = True
 
     def save(self) -> None:
-        """Writes the checkpoint, with the optimizer's moments in bf16: two thirds of the size."""
-        optimizer = self.optimizer.state_dict()
-        for moments in optimizer["state"].values():
-            for name in ("exp_avg", "exp_avg_sq"):
-                moments[name] = moments[name].to(torch.bfloat16)
-        self.optimizer.load_state_dict(optimizer)  # so that a run that goes on and one that resumes stay the same
+        """Writes the checkpoint, with the optimizers' moments in bf16: two thirds of the size."""
+        self.team.check(self.weights)
+        kept = [optimizer.state_dict() for optimizer in self.optimizers]
+        for optimizer, state in zip(self.optimizers, kept, strict=True):
+            for moments in state["state"].values():
+                moments |= {name: value.to(torch.bfloat16) for name, value in moments.items() if name != "step"}
+            optimizer.load_state_dict(state)  # so that a run that goes on and one that resumes stay the same
+        if self.team.rank:
+            return
         state = {
             "model": self.model.state_dict(),
             "head": self.head.state_dict(),
-            "optimizer": optimizer,
+            "optimizers": kept,
             "step": self.clock.step,
             "seconds": self.clock.seconds,
             "answers_from": self.answers_from,
@@ -183,47 +219,55 @@ class Run:
             views = views[len(batch.images) :]
             guided, shares = look_loss(targets, looks)
             total = total + answers + args.look_weight * guided
+            kept = lesson.kept[idx]
+            if kept is not None and KEPT in looks:
+                keeping = kept_loss(self.head, kept, looks[KEPT])
+                total = total + args.look_weight * keeping
+                if told is not None:
+                    told["keeping"] = keeping.detach()
             if told is not None:
                 told |= {f"look{layer}": share for layer, share in shares.items()} if idx == 0 else {}
                 told["others" if idx else "answers"] = answers.detach()
         return total
 
     def step(self, lesson: Lesson, is_told: bool) -> dict[str, float]:
-        """One lesson forth and back; returns what the log tells. Else nothing here waits for the device."""
+        """One lesson forth and back; returns what the log tells."""
         lr = self.learning_rate()
-        for group in self.optimizer.param_groups:
+        for group in (group for optimizer in self.optimizers for group in optimizer.param_groups):
             group["lr"] = lr
         told: dict[str, Tensor] | None = {} if is_told else None
         with torch.autocast(self.device.type, torch.bfloat16, enabled=not self.args.float32):
             loss = self.loss(lesson.to(self.device), told)
         loss.backward()
+        self.team.average(self.weights)
         norm = torch.nn.utils.clip_grad_norm_(self.weights, 1.0)
-        # the optimizer skips the step where a gradient is not finite, as GradScaler tells it to
-        self.optimizer.found_inf = (~norm.isfinite()).float()
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
+        is_finite = bool(norm.isfinite())  # the one moment of a step that waits for the device
+        for optimizer in self.optimizers:
+            if is_finite:
+                optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
         self.clock.step += 1
         return {"lr": lr, "norm": float(norm), **{name: float(value) for name, value in told.items()}} if told else {}
 
     def go(self) -> None:
         """Trains to the end, or to that of the stint, with a log, checkpoints and now and then some held-out cases."""
         args, clock = self.args, self.clock
-        clock.started = clock.now()
         saved = evaluated = clock.seconds
         end = time.monotonic() + 60 * args.stint
         lessons = self.lessons()
         with (
             (args.work / "loss.csv").open("a", newline="") as log_file,
-            tqdm(initial=clock.step, total=args.steps, mininterval=5) as bar,
+            tqdm(initial=clock.step, total=args.steps, mininterval=5, disable=self.team.rank > 0) as bar,
         ):
             log = csv.writer(log_file)
-            while clock.progress < 1 and not self.is_told_to_stop and time.monotonic() < end:
+            while clock.progress < 1 and not self.team.is_told_to_stop:
+                self.team.wants_to_stop |= time.monotonic() > end
                 if self.answers_from is None and clock.progress >= args.sight_share:
                     self.answers_from = clock.step
                     lessons = self.lessons()
                 told = self.step(next(lessons), clock.step % args.tell_steps == 0)
                 bar.update()
-                if told:
+                if told and not self.team.rank:
                     value = told.get("answers", told["naming"])
                     self.mean_loss = value if not self.mean_loss else 0.9 * self.mean_loss + 0.1 * value
                     columns = [told.get(name, "") for name in ("naming", "answers", "lr", "norm")]
@@ -234,7 +278,8 @@ class Run:
                 if clock.seconds - saved > 60 * args.save_minutes:
                     self.save()
                     saved = clock.seconds
-                if args.arch == EVALUATED and self.answers_from and clock.seconds - evaluated > 60 * args.eval_minutes:
+                is_judge = args.arch == EVALUATED and not self.team.rank
+                if is_judge and self.answers_from and clock.seconds - evaluated > 60 * args.eval_minutes:
                     self.net.export(args.work / "export")
                     scores = evaluate(args.work / "export", range(args.eval_cases), 60)
                     bar.write(f"step {clock.step}, loss {self.mean_loss:.3f}\n" + table(scores))
@@ -271,13 +316,14 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--workers", type=int, default=0, help="processes that draw pictures ahead of time")
     parser.add_argument("--sight-share", type=float, default=0.35, help="of the run: the tower alone, before any text")
     parser.add_argument("--sight-rows", type=int, default=16, help="images of one such step")
-    parser.add_argument("--sight-lr", type=float, default=2e-3, help="peak learning rate of sight")
+    parser.add_argument("--sight-lr", type=float, default=3e-3, help="peak learning rate of sight")
     parser.add_argument("--rows", type=int, default=8, help="images of a step, with several questions each")
     parser.add_argument("--more-views", type=int, default=24, help="images that are only named, in each such step")
     parser.add_argument("--sight-weight", type=float, default=1.0, help="of naming tokens beside the answers' loss")
     parser.add_argument("--look-weight", type=float, default=0.5, help="of looking at what a word names")
     parser.add_argument("--lr", type=float, default=1e-3, help="peak learning rate of answers")
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--processes", type=int, default=1, help="that train together, on a CPU: one for each core")
+    parser.add_argument("--threads", type=int, default=1, help="of each process")
     parser.add_argument("--float32", action="store_true", help="without bf16 autocast (CPUs without bf16)")
     parser.add_argument("--tell-steps", type=int, default=20, help="steps from one line of the log to the next")
     parser.add_argument("--save-minutes", type=float, default=3)
@@ -287,6 +333,8 @@ def parse_args() -> argparse.Namespace:
     args = parser.parse_args()
     if args.steps is None and args.minutes is None:
         parser.error("give --minutes or --steps")
+    if args.processes > 1 and (args.device != "cpu" or args.workers):
+        parser.error("--processes are for CPUs and draw their own pictures: no --device and no --workers beside them")
     return args
 
 

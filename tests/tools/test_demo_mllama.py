@@ -13,10 +13,11 @@ transformers = pytest.importorskip("transformers")
 sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
 
 import train_demo  # noqa: E402
-from demo_training import guide, mllama, pictures, questions, samples, scenes  # noqa: E402
+from demo_training import guide, labels, mllama, pictures, questions, samples, scenes  # noqa: E402
 from demo_training.tokenizer import LLAMA_CONTROL, train_tokenizer  # noqa: E402
 from oracle import correct_to_metas_rule  # noqa: E402
 from published import CLIP_MEAN, CLIP_STD  # noqa: E402
+from test_demo_training import assert_looks_at_neighbours  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -95,7 +96,7 @@ def test_two_small_steps_run_from_nothing_to_a_checkpoint(arch, tmp_path, monkey
 def test_rows_between_images_take_along_what_is_asked_later(net):
     """In the first layer the row of the first image looks at its first thing; an answer about it looks at that row."""
     rng, writer = random.Random(1), net.writer()
-    drawn = [pictures.make_picture(scenes.draw_scene(rng, max_things=2), 160, 160, rng) for _ in range(2)]
+    drawn = [pictures.make_picture(scenes.draw_scene(rng, num_things=(1, 2)), 160, 160, rng) for _ in range(2)]
     segment = writer.start(rng)
     writer.add_images(segment, [(1, 1), (1, 1)], rng)
     answered = len(segment.ids)
@@ -108,8 +109,17 @@ def test_rows_between_images_take_along_what_is_asked_later(net):
     assert len(seen) and (batch.images[0].shown[0, seen] == 0).any(-1).all()
     carried = targets[samples.CARRIED_NEXT_LAYER]
     assert (carried.columns >= answered).all() and carried.seen[0].nonzero().flatten().tolist() == [image_row]
+    thing = drawn[0].marks[0].values
+    kept = guide.Guide(net.tokenizer).kept(batch)
+    row = kept.labels[kept.columns.tolist().index(image_row)]
+    assert all(row[labels.FIELD_IDX[name]] == value for name, value in thing.items())
     with torch.inference_mode():
         looks = {}
         net.hidden_states(batch, [net.encode(group) for group in batch.images], looks)
     _, shares = guide.look_loss(targets, looks)
+    assert looks[samples.KEPT].shape == (*batch.ids.shape, mllama.HIDDEN)
     assert set(shares) == set(targets) and all(0 < share < 1 for share in shares.values())
+
+
+def test_fresh_heads_of_the_tower_look_at_neighbours(net, monkeypatch):
+    assert_looks_at_neighbours(mllama, net, monkeypatch)

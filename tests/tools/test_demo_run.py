@@ -3,6 +3,7 @@
 import copy
 import itertools
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from demo_training import labels  # noqa: E402
 from demo_training.guide import Guide  # noqa: E402
 from demo_training.lessons import FIRST_STEPS, Teacher, in_order  # noqa: E402
 from demo_training.sight import make_head  # noqa: E402
+from demo_training.team import Team  # noqa: E402
 from demo_training.tokenizer import train_tokenizer  # noqa: E402
 
 
@@ -33,7 +35,32 @@ def make_run(arch, tokenizers, folder, monkeypatch):
     net.model.train()
     torch.manual_seed(0)
     teacher = Teacher(net.writer(), Guide(tokenizer), seed=0)
-    return train_demo.Run(train_demo.parse_args(), net, make_head(net.feature_size), teacher)
+    team = Team(0, 1, folder / "meeting", time.monotonic)
+    return train_demo.Run(train_demo.parse_args(), net, make_head(net.feature_size), teacher, team)
+
+
+def test_two_processes_learn_from_both_and_stay_the_same(tmp_path, monkeypatch):
+    flags = "--steps 4 --sight-share 0.5 --final-cases 0 --sight-rows 2 --rows 1 --more-views 1"
+    learned = []
+    for processes in ("1", "2"):
+        work = tmp_path / processes
+        own = ["--work", str(work), "--out", str(work / "out"), "--processes", processes]
+        monkeypatch.setattr(sys, "argv", ["train_demo.py", *flags.split(), *own])
+        train_demo.train(train_demo.parse_args())  # which compares the processes' weights where it saves
+        state = torch.load(work / "checkpoint.pt", weights_only=True)
+        assert state["step"] == 4
+        learned.append(state["model"]["model.visual.merger.mlp.2.weight"])
+    assert not torch.equal(*learned)
+
+
+def test_parts_of_a_team_have_lessons_of_the_same_kinds_about_other_pictures(tokenizers):
+    build, _ = train_demo.ARCHITECTURES["qwen2-vl"]
+    writer, guide = build(tokenizers["qwen2-vl"]).writer(), Guide(tokenizers["qwen2-vl"])
+    one, other = (Teacher(writer, guide, 0, part).answers(2, 2, 0, FIRST_STEPS) for part in (0, 1))
+    assert [len(batch.images) for batch in one.batches] == [len(batch.images) for batch in other.batches]
+    assert one.views[0].patches.shape != other.views[0].patches.shape or not torch.equal(
+        one.views[0].patches, other.views[0].patches
+    )
 
 
 def tensors_of(data):
@@ -50,7 +77,7 @@ def test_workers_make_the_lessons_that_are_made_without_them(arch, tokenizers):
     made = in_order(lambda step: teacher.answers(2, 2, 0, step), first, num_workers=2, pin_memory=False)
     for step, lesson in zip(range(first, first + 3), made, strict=False):
         right = teacher.answers(2, 2, 0, step)
-        assert len(lesson.batches) == 2 and lesson.targets[0].keys() == right.targets[0].keys()
+        assert len(lesson.batches) == 3 and lesson.targets[0].keys() == right.targets[0].keys()
         pairs = list(zip(tensors_of(lesson), tensors_of(right), strict=True))
         assert len(pairs) > 20 and all(torch.equal(one, other) for one, other in pairs)
 

@@ -284,7 +284,7 @@ def test_the_model_is_small_enough(small_model):
 def test_a_few_steps_lower_the_loss(tokenizer):
     trained = qwen2_vl.Qwen2VL(tokenizer)
     optimizer = torch.optim.AdamW(trained.model.parameters(), lr=1e-3)
-    batch = samples.make_batch(samples.Writer(tokenizer), "branches", seed=1, step=0, num_rows=4)
+    batch = samples.make_batch(samples.Writer(tokenizer), "branches", seed="1", step=0, num_rows=4)
     losses = []
     for _ in range(4):
         loss = model.answer_loss(trained, batch, _views(trained, batch))
@@ -293,6 +293,57 @@ def test_a_few_steps_lower_the_loss(tokenizer):
         optimizer.zero_grad()
         losses.append(float(loss.detach()))
     assert losses[-1] < losses[0] - 0.5
+
+
+def test_every_glyph_of_a_page_is_named_by_a_token():
+    rng = random.Random(2)
+    for size in ((160, 160), (240, 112), (96, 272)):
+        page = pictures.make_page(*size, rng)
+        _, shown = labels.token_labels(page)
+        assert len(page.marks) > 4 and set(shown[shown >= 0]) == set(range(len(page.marks)))
+        assert all(mark.top >= 0 and mark.bottom <= size[1] and 0 < mark.center[0] < size[0] for mark in page.marks)
+
+
+@pytest.mark.parametrize("kind", ["scene", "print", "chart"])
+def test_what_is_varied_differs_in_one_thing(kind):
+    rng = random.Random(5)
+    for _ in range(50):
+        facts = pictures.draw_facts(kind, 168, 168, rng)
+        varied = dialogues.vary(facts, rng)
+        ones, others = (facts.text, varied.text) if kind == "print" else (facts.key.split(";"), varied.key.split(";"))
+        assert sum(one != other for one, other in zip(ones, others, strict=True)) == 1
+        assert not scenes.is_held_out(varied.key)
+
+
+def test_of_a_conclusion_only_the_last_words_are_learned(tokenizer):
+    batch = samples.make_batch(samples.Writer(tokenizer), "conclusion", seed="0", step=0, num_rows=8)
+    assert not batch.images and len(batch.ids) == 24
+    learned = tokenizer.decode(batch.answer_ids.tolist(), skip_special_tokens=False).split("<|im_end|>")
+    assert {"yes" in part or "no." in part or "same" in part or "different" in part for part in learned[:-1]} == {True}
+    assert len(learned) == 25 and max(map(len, learned)) < 30
+
+
+def test_fresh_heads_of_the_tower_look_at_neighbours(small_model, monkeypatch):
+    assert_looks_at_neighbours(qwen2_vl, small_model, monkeypatch)
+
+
+def assert_looks_at_neighbours(module, net, monkeypatch):
+    """Patches in the middle look at the one that their head is for, ten times as much as at any other on average."""
+    looks, attend = [], module.attend
+    monkeypatch.setattr(module, "attend", lambda *args: (looks.append(attend(*args)[1]), attend(*args))[1])
+    writer, side = net.writer(), 20
+    with torch.inference_mode():
+        net.encode(writer.group([pictures.training_picture("scene", 160, 160, random.Random(0))]))
+    at = torch.arange(side * side)
+    if looks[0].shape[-1] == side * side:  # merged blocks of 2x2 one after the other
+        order = at.view(side // 2, side // 2, 2, 2).transpose(1, 2).reshape(side, side)
+    else:  # row by row after the class token
+        order = at.view(side, side) + 1
+    heads = [head for look in looks for head in look[0]]
+    for (down, across), head in zip(model.NEIGHBOURS, heads, strict=False):
+        inner = range(2, side - 2)
+        there = [head[order[y, x], order[y + down, x + across]] for y in inner for x in inner]
+        assert float(torch.stack(there).mean()) > 10 / side**2
 
 
 def test_held_out_cases_are_repeatable_and_complete():

@@ -2,13 +2,15 @@
 
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 
 from . import questions
+from .charts import Chart
 from .phrases import ABILITIES, GREETINGS, ask_outside, careless, say, wording
 from .pictures import Facts, draw_facts
-from .prints import Print
-from .questions import DECLINE, ORDINALS, Asked, Said, Seen, describe, fill, of_image
-from .scenes import Scene, places_of
+from .prints import GLYPHS, Print
+from .questions import DECLINE, DIFFERENT, ORDINALS, SAME, Asked, Said, Seen, describe, fill, of_image
+from .scenes import COLOURS, Scene, draw_scene, is_held_out, places_of
 
 GREETING = "Hello! Send me an image of drawn shapes, a printed word or a bar chart, and ask about it."
 ABILITY = "I describe drawn shapes, read printed words and numbers, and answer questions about bar charts."
@@ -52,6 +54,39 @@ def may_be_twice(facts: Facts, size: tuple[int, int]) -> bool:
     return not isinstance(facts, Scene) or all(thing.place_idx in places_of(*size) for thing in facts.things)
 
 
+def vary(facts: Facts, rng: random.Random) -> Facts:
+    """Nearly the same: one thing, letter or bar is another. For training."""
+    while True:
+        match facts:
+            case Scene(things):
+                idx = rng.randrange(len(things))
+                other = questions.random_thing(rng)
+                change = rng.choice(({"size": other.size}, {"colour": other.colour}, {"shape": other.shape}))
+                varied: Facts = Scene((*things[:idx], replace(things[idx], **change), *things[idx + 1 :]))
+            case Print(text, colour):
+                idx = rng.randrange(len(text))
+                glyphs = GLYPHS[26:] if text.isdigit() else GLYPHS[:26]
+                varied = Print(text[:idx] + rng.choice(glyphs) + text[idx + 1 :], colour)
+            case Chart(colours, heights):
+                idx = rng.randrange(len(colours))
+                other_colour = rng.choice([colour for colour in COLOURS if colour not in colours])
+                varied = Chart((*colours[:idx], other_colour, *colours[idx + 1 :]), heights)
+            case _:
+                return facts
+        if varied != facts and not is_held_out(varied.key):
+            return varied
+
+
+def conclude(rng: random.Random) -> Asked:
+    """A question whose answer concludes from what it says before: for that nothing need be seen. For training."""
+    if rng.random() < 0.5:
+        scene = draw_scene(rng, num_things=(2, 3))
+        return questions.ask("relation", scene, rng)
+    one, other = draw_many([(168, 168)] * 2, rng)
+    likeness = rng.random()
+    return ask_many((one, one if likeness < 0.5 else vary(one, rng) if likeness < 0.8 else other), rng, kind="same")
+
+
 def ask_many(all_facts: Sequence[Facts], rng: random.Random, held_out: bool = False, kind: str | None = None) -> Asked:
     """A question about several images of one message, and its right answer."""
     kind = kind or rng.choices(tuple(MANY_KINDS), tuple(MANY_KINDS.values()))[0]
@@ -72,7 +107,7 @@ def ask_many(all_facts: Sequence[Facts], rng: random.Random, held_out: bool = Fa
     for number, facts in enumerate(all_facts):
         told += (f"{' ' if number else ''}{ORDINALS[number].capitalize()}:", *of_image(_lower(describe(facts)), number))
     if kind == "same":
-        told += (" The images are the same." if all_facts[0] == all_facts[1] else " The images are different.",)
+        told += (SAME if all_facts[0] == all_facts[1] else DIFFERENT,)
     return (wording(kind, rng, held_out),), told
 
 

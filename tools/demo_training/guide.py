@@ -6,9 +6,9 @@ second from the last token of a name in a question ("large red star") at what th
 each token of an answer that speaks of something, at that thing. The loss of the answers does the rest.
 
 Two things more are guided. mllama's text sees an image only up to the next one: each row between them takes one thing
-along in the first layer, and what speaks of that thing later looks at this row, in self-attention. And where two images
-are compared, each token of the second description looks at its counterpart in the first: without it, whether they are
-the same stayed a guess.
+along in the first layer, after which it must tell that thing as the image's own tokens do; and what speaks of that
+thing later looks at this row, in self-attention. Where two images are compared, each token of the second description
+looks at its counterpart in the first: without it, whether they are the same stayed a guess.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,10 +16,11 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from tokenizers import Tokenizer
 from torch import Tensor
 
-from .labels import FIELD_IDX
+from .labels import FIELD_IDX, FIELDS, IGNORED
 from .questions import plural
 from .samples import (
     CARRIED_NAME_LAYER,
@@ -34,6 +35,8 @@ from .samples import (
 from .scenes import COLOURS, PLACES, SHAPES, SIZES
 from .views import OnDevice
 
+KEPT_FIELDS = np.array([name in ("colour", "shape", "size", "place", "order", "glyph", "rank") for name in FIELDS])
+
 
 @dataclass(frozen=True)
 class Target(OnDevice):
@@ -43,6 +46,15 @@ class Target(OnDevice):
     rows: Tensor
     columns: Tensor
     seen: Tensor
+
+
+@dataclass(frozen=True)
+class Kept(OnDevice):
+    """Rows (by row and column) that take one thing along from an image that is seen no more, and what is true of it."""
+
+    rows: Tensor
+    columns: Tensor
+    labels: Tensor  # int64 (kept rows, fields)
 
 
 class Guide:
@@ -103,6 +115,27 @@ class Guide:
         targets[WORD_LAYER] = _target(*(np.concatenate(parts) for parts in both), images)
         return {layer: target for layer, target in targets.items() if len(target.rows)}
 
+    def kept(self, batch: Batch) -> Kept | None:
+        """What rows between images should keep; None where there are no such rows."""
+        found = []
+        for row, column, look in batch.looks:
+            if look.layer == WORD_LAYER:
+                labels, shown = (
+                    table[row].numpy() for table in (batch.images[look.image].labels, batch.images[look.image].shown)
+                )
+                at = np.argwhere(shown == look.marks[0])
+                if len(at):
+                    token, place = at[0]
+                    values = np.where(KEPT_FIELDS, labels[token], IGNORED)
+                    if place:  # the second glyph of a token
+                        values[FIELD_IDX["glyph"]] = labels[token, FIELD_IDX["glyph2"]]
+                        values[FIELD_IDX["order"]] = IGNORED
+                    found.append((row, column, values))
+        if not found:
+            return None
+        rows, columns, values = (torch.from_numpy(np.array(column, np.int64)) for column in zip(*found, strict=True))
+        return Kept(rows, columns, values)
+
 
 def _looks(
     batch: Batch, layer: int, show: Callable[[int, int, Look], Sequence[int]], width: int
@@ -120,6 +153,16 @@ def _target(rows: np.ndarray, columns: np.ndarray, seen: np.ndarray, stands_at: 
     seen = seen & (stands_at[rows] <= columns[:, None])  # what comes later cannot be seen yet
     kept = seen.any(-1)
     return Target(torch.from_numpy(rows[kept]), torch.from_numpy(columns[kept]), torch.from_numpy(seen[kept]))
+
+
+def kept_loss(head: torch.nn.Linear, kept: Kept, states: Tensor) -> Tensor:
+    """Mean surprise of `head` (the tower's own: it learns nothing here) at what rows keep in (rows, length, hidden)."""
+    logits = F.linear(states[kept.rows, kept.columns], head.weight.detach(), head.bias.detach()).float()
+    surprises = [
+        F.cross_entropy(part, kept.labels[:, idx], ignore_index=IGNORED, reduction="none")
+        for idx, part in enumerate(logits.split(list(FIELDS.values()), -1))
+    ]
+    return torch.stack(surprises).sum() / (kept.labels != IGNORED).sum()
 
 
 def look_loss(targets: dict[int, Target], looks: dict[int, Tensor]) -> tuple[Tensor, dict[int, Tensor]]:

@@ -6,8 +6,8 @@ from dataclasses import dataclass, replace
 
 from torch.utils.data import DataLoader, Dataset
 
-from .guide import Guide, Target
-from .samples import OTHER_KINDS, Batch, Writer, make_batch
+from .guide import Guide, Kept, Target
+from .samples import OTHER_KINDS, TEXT_KINDS, Batch, Writer, make_batch
 from .sight import make_views
 from .views import ImageGroup, OnDevice
 
@@ -20,31 +20,40 @@ class Lesson(OnDevice):
 
     batches: list[Batch]
     targets: list[dict[int, Target]]  # of each batch
+    kept: list[Kept | None]  # of each batch
     views: list[ImageGroup]
 
 
 @dataclass(frozen=True)
 class Teacher:
-    """Makes the lesson of any step, always the same: it depends on the seed and the step alone."""
+    """Makes the lesson of any step, always the same: it depends on the seed, the step and which part of a team learns.
+    All parts have batches of the same kinds, which take about as long."""
 
     writer: Writer
     guide: Guide
     seed: int
+    part: int = 0
+
+    @property
+    def _own_seed(self) -> str:
+        return f"{self.seed}.{self.part}" if self.part else str(self.seed)
 
     def sight(self, num_views: int, step: int) -> Lesson:
-        return Lesson([], [], [make_views(self.writer, self.seed, step, num_views)])
+        return Lesson([], [], [], [make_views(self.writer, self._own_seed, step, num_views)])
 
     def answers(self, num_rows: int, num_views: int, first_step: int, step: int) -> Lesson:
-        """One batch of images with several questions each; after the first steps also one of another kind."""
+        """A batch of images with several questions each; after the first steps two more, one of them without images."""
         kinds = ["branches"]
         if step >= first_step + FIRST_STEPS:
             rng = random.Random(f"kind {self.seed} {step}")
-            kinds += rng.choices(tuple(OTHER_KINDS), tuple(OTHER_KINDS.values()))
-        batches = [make_batch(self.writer, kind, self.seed, step, num_rows) for kind in kinds]
+            for shares in (OTHER_KINDS, TEXT_KINDS):
+                kinds += rng.choices(tuple(shares), tuple(shares.values()))
+        batches = [make_batch(self.writer, kind, self._own_seed, step, num_rows) for kind in kinds]
         targets = [self.guide.targets(batch) for batch in batches]
-        views = [make_views(self.writer, self.seed, step, num_views)] if num_views else []
+        views = [make_views(self.writer, self._own_seed, step, num_views)] if num_views else []
         # looks are thousands of small objects, and the targets hold all that they tell
-        return Lesson([replace(batch, looks=[]) for batch in batches], targets, views)
+        kept = [self.guide.kept(batch) for batch in batches]
+        return Lesson([replace(batch, looks=[]) for batch in batches], targets, kept, views)
 
 
 class _Steps(Dataset):

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from published import mllama_preprocessor
 from tokenizers import Tokenizer
@@ -16,10 +17,20 @@ from torch import Tensor
 from transformers import MllamaConfig, MllamaForConditionalGeneration
 
 from .labels import IGNORED
-from .model import attend, attention_mask, half, hidden_where, initialize, pixel_scale, rotate, write_checkpoint
+from .model import (
+    NEIGHBOURS,
+    attend,
+    attention_mask,
+    half,
+    hidden_where,
+    initialize,
+    pixel_scale,
+    rotate,
+    write_checkpoint,
+)
 from .pictures import Picture, resized
 from .qwen2_vl import CONTEXT_LEN
-from .samples import CARRIED_NAME_LAYER, CARRIED_NEXT_LAYER, COMPARED_LAYER, Batch, Writer
+from .samples import CARRIED_NAME_LAYER, CARRIED_NEXT_LAYER, COMPARED_LAYER, KEPT, Batch, Writer
 from .tokenizer import LLAMA_SYSTEM, save_llama_tokenizer
 from .views import PATCH, ImageGroup, image_group, make_group
 
@@ -30,6 +41,8 @@ COMPARING_LAYER = 2
 NUM_LAYERS = 6
 HIDDEN, VISION_HIDDEN = 192, 96
 ROPE_THETA = 10_000.0
+# How firmly fresh heads of the tower look at a neighbour, and by which waves over rows and columns of patches.
+LOOKING, LOOKING_FREQUENCIES, WAVE = 3.5, (1.0, 0.5, 0.2), 4.0
 
 
 def config_dict(tokenizer: Tokenizer) -> dict:
@@ -130,6 +143,71 @@ def _seen_until(stands_at: Tensor, image_lens: list[int]) -> Tensor:
     return torch.cat([end[:, None].expand(-1, num) for end, num in zip(reversed(ends), image_lens, strict=True)], 1)
 
 
+def _of_one_tile(table: torch.nn.Module) -> Tensor:
+    """What is added to the patches of an image of one tile."""
+    return table.gate.tanh() * table.embedding.weight[1]
+
+
+def _vision_layer(layer: torch.nn.Module, x: Tensor, mask: Tensor) -> Tensor:
+    """One layer of the tower for (images, patches, hidden)."""
+    attn = layer.self_attn
+    normed = layer.input_layernorm(x)
+    query, key, value = (
+        proj(normed).view(*x.shape[:2], -1, attn.head_dim).transpose(1, 2)
+        for proj in (attn.q_proj, attn.k_proj, attn.v_proj)
+    )
+    mixed, _ = attend(query, key, value, mask)
+    mixed = attn.o_proj(mixed.transpose(1, 2).reshape(x.shape))
+    x = x + (layer.gate_attn.tanh() * mixed if layer.is_gated else mixed)
+    mixed = layer.mlp(layer.post_attention_layernorm(x))
+    return x + (layer.gate_ffn.tanh() * mixed if layer.is_gated else mixed)
+
+
+def _look_at_neighbours(vision: torch.nn.Module) -> None:
+    """Places as waves in the first dimensions, to which nothing else writes at first, and heads that read them: each
+    looks at one neighbour (see `NEIGHBOURS`). A key is turned so that it fits best where its patch is that far away."""
+    side, frequencies = TILE // PATCH, torch.tensor(LOOKING_FREQUENCIES)
+    angles = (
+        torch.cartesian_prod(torch.arange(side), torch.arange(side))[..., None] * frequencies
+    )  # (patches, 2, waves)
+    waves = WAVE * torch.stack([angles.cos(), angles.sin()], -1).flatten(1)
+    num_dims = waves.shape[1]
+    places, before, after = (
+        vision.gated_positional_embedding,
+        vision.pre_tile_positional_embedding,
+        vision.post_tile_positional_embedding,
+    )
+    with torch.no_grad():
+        for table in (places.tile_embedding, before.embedding, after.embedding):  # there is one tile
+            torch.nn.init.normal_(table.weight, 0, 0.02)
+        torch.nn.init.zeros_(places.gate)
+        torch.nn.init.normal_(places.embedding, 0, 0.2)
+        places.embedding[:, :num_dims] = 0
+        places.embedding[1:, :num_dims] = waves  # the class token is nowhere
+        patch_weight = vision.patch_embedding.weight
+        torch.nn.init.normal_(patch_weight, 0, patch_weight[0].numel() ** -0.5)
+        patch_weight[:num_dims] = 0
+        neighbours = iter(NEIGHBOURS)
+        for layer in vision.transformer.layers:
+            attn = layer.self_attn
+            for writes in (attn.o_proj, layer.mlp.fc2):
+                writes.weight[:num_dims] *= 0.1
+            queries, keys = (proj.weight.unflatten(0, (attn.num_heads, -1)) for proj in (attn.q_proj, attn.k_proj))
+            for query, key, away in zip(queries, keys, neighbours, strict=False):
+                for weight in (query, key):
+                    weight[:num_dims] = 0
+                    weight[:, :num_dims] = 0
+                    weight *= 0.5
+                query[:num_dims, :num_dims] = LOOKING * torch.eye(num_dims)
+                turns = (torch.tensor(away)[:, None] * frequencies).flatten()
+                key[:num_dims, :num_dims] = LOOKING * torch.block_diag(*map(_turn, turns))
+
+
+def _turn(angle: Tensor) -> Tensor:
+    """The matrix that turns (cos a, sin a) back by this angle."""
+    return torch.stack([angle.cos(), angle.sin(), -angle.sin(), angle.cos()]).view(2, 2)
+
+
 class Mllama:
     """A model with fresh weights, in float32, its gates open. `tower` sees (the projector belongs to it)."""
 
@@ -153,6 +231,7 @@ class Mllama:
         for name, weight in self.model.named_parameters():
             if "gate" in name and weight.numel() == 1:
                 torch.nn.init.ones_(weight)  # the published models start closed; this one has no text to protect
+        _look_at_neighbours(inner.vision_model)
 
     @property
     def feature_size(self) -> int:
@@ -167,12 +246,26 @@ class Mllama:
         images = len(group.patches)
         mean, std = pixel_scale(group.patches.device)
         pixels = (group.patches.float() - mean) / std
-        side = TILE // PATCH
-        pixels = pixels.view(images, side, side, 3, PATCH, PATCH).permute(0, 3, 1, 4, 2, 5)
-        pixels = pixels.reshape(images, 1, 1, 3, TILE, TILE)
-        ones = torch.ones(images, 1, dtype=torch.long, device=pixels.device)
-        seen = vision(pixels, aspect_ratio_ids=ones, aspect_ratio_mask=ones[..., None]).last_hidden_state
-        return projector(seen.flatten(1, 3))
+        x = F.linear(pixels, vision.patch_embedding.weight.flatten(1)).float()
+        x = x + _of_one_tile(vision.pre_tile_positional_embedding)
+        x = torch.cat([vision.class_embedding.expand(images, 1, -1), x], 1)
+        places = vision.gated_positional_embedding
+        gate = places.gate.tanh()
+        tile = places.tile_embedding.weight[1].view_as(places.embedding)
+        x = vision.layernorm_pre(x + (1 - gate) * places.embedding + gate * tile)
+        num_tokens = x.shape[1]
+        x = F.pad(x, (0, 0, 0, -num_tokens % 8))  # rows that transformers adds, and lets the others attend to
+        is_added = torch.arange(x.shape[1], device=x.device) >= num_tokens
+        mask = half(hidden_where(is_added[:, None] & is_added))
+        kept = []
+        for layer in vision.transformer.layers:
+            x = _vision_layer(layer, x, mask)
+            kept.append(x)
+        x = vision.layernorm_post(x) + _of_one_tile(vision.post_tile_positional_embedding)
+        for layer in vision.global_transformer.layers:
+            x = _vision_layer(layer, x, mask)
+        seen = torch.cat([x, *(kept[idx] for idx in vision.intermediate_layers_indices)], -1)
+        return projector(seen[:, :num_tokens])
 
     def hidden_states(self, batch: Batch, views: list[Tensor], looks: dict[int, Tensor] | None = None) -> Tensor:
         """As of `Qwen2VL`; the keys of `looks` count the cross layers."""
@@ -207,6 +300,8 @@ class Mllama:
                 mixed = attn.o_proj(mixed.transpose(1, 2).reshape(rows, length, -1))
                 x = x + layer.cross_attn_attn_gate.tanh() * mixed * any_seen
                 x = x + layer.cross_attn_mlp_gate.tanh() * layer.mlp(layer.post_attention_layernorm(x)) * any_seen
+                if looks is not None and layer_idx == CROSS_LAYERS[0]:
+                    looks[KEPT] = x
                 continue
             key, value = (
                 proj(normed).view(rows, length, -1, attn.head_dim).transpose(1, 2)

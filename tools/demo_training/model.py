@@ -44,6 +44,11 @@ def initialize(part: torch.nn.Module) -> None:
             torch.nn.init.normal_(module.weight, 0, std)
 
 
+# Before it has learned anything, each head of a tower's first layers looks at one neighbour of its patch, so many rows
+# and columns away, as the kernels of a convolution do: letters are learned in half of the steps.
+NEIGHBOURS = ((0, 1), (0, -1), (1, 0), (-1, 0), (1, 1), (1, -1), (-1, 1), (-1, -1), (0, 2), (0, -2), (2, 0), (-2, 0))
+
+
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary positions applied to (..., length, head_dim)."""
     return x * cos + rotate_half(x) * sin

@@ -7,6 +7,7 @@ import functools
 import io
 import math
 import random
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -15,7 +16,7 @@ from PIL import Image, ImageDraw
 from . import charts, prints, scenes
 from .charts import Chart
 from .others import draw_other
-from .prints import GLYPHS, Print
+from .prints import GLYPHS, Line, Print
 from .scenes import COLOURS, SHAPES, SIZES, Scene
 
 KINDS = ("scene", "print", "chart", "other")
@@ -103,23 +104,45 @@ def make_picture(facts: Facts, width: int, height: int, rng: random.Random) -> P
         line = prints.lay_out(facts, width, height, zoom, rng)
         fill = scenes.shade(facts.colour, rng)
         prints.draw(pen, facts, line, fill, scale)
-        for order, (glyph, x) in enumerate(zip(facts.text, line.centers, strict=True)):
-            values = {"colour": list(COLOURS).index(facts.colour), "glyph": GLYPHS.index(glyph), "order": order}
-            marks.append(Mark(x - 6, line.y - line.half_height, x + 6, line.y + line.half_height, values))
+        marks += _glyph_marks(facts, line)
     else:
         boxes = charts.lay_out(facts, width, height, rng)
         charts.draw(pen, boxes, [scenes.shade(colour, rng) for colour in facts.colours], scale, rng)
         for order, (box, colour) in enumerate(zip(boxes, facts.colours, strict=True)):
             values = {"colour": list(COLOURS).index(colour), "order": order, "rank": facts.rank(order)}
             marks.append(Mark(*box, values))
+    return Picture(facts, _finish(image, scale, is_noisy, rng), tuple(marks))
+
+
+def _glyph_marks(printed: Print, line: Line) -> Iterator[Mark]:
+    for order, (glyph, x) in enumerate(zip(printed.text, line.centers, strict=True)):
+        values = {"colour": list(COLOURS).index(printed.colour), "glyph": GLYPHS.index(glyph), "order": order}
+        yield Mark(x - 6, line.y - line.half_height, x + 6, line.y + line.half_height, values)
+
+
+def make_page(width: int, height: int, rng: random.Random) -> Picture:
+    """Print all over, line by line: as many letters to name as fit. `facts` tell the first line alone."""
+    image, is_noisy = _ground(width * SUPERSAMPLING, height * SUPERSAMPLING, rng)
+    pen = ImageDraw.Draw(image)
+    lines = prints.lay_out_page(width, height, rng)
+    for printed, line in lines:
+        prints.draw(pen, printed, line, scenes.shade(printed.colour, rng), SUPERSAMPLING)
+    marks = tuple(mark for printed, line in lines for mark in _glyph_marks(printed, line))
+    return Picture(lines[0][0], _finish(image, SUPERSAMPLING, is_noisy, rng), marks)
+
+
+def make_crowd(width: int, height: int, rng: random.Random) -> Picture:
+    """A scene of more things than are ever asked about."""
+    return make_picture(scenes.draw_scene(rng, width, height, num_things=scenes.CROWD), width, height, rng)
+
+
+def _finish(image: Image.Image, scale: int, is_noisy: bool, rng: random.Random) -> Image.Image:
+    """What was drawn `scale` times larger at its size, with noise where the ground has some, now and then as JPEG."""
     image = image.reduce(scale) if scale > 1 else image
     if is_noisy:
-        image = Image.fromarray(
-            (np.asarray(image) + _noise(width, height, rng) * rng.uniform(3, 14)).clip(0, 255).astype(np.uint8)
-        )
-    if rng.random() < 0.2:
-        image = through_jpeg(image, rng.randint(45, 95))
-    return Picture(facts, image, tuple(marks))
+        noise = _noise(*image.size, rng) * rng.uniform(3, 14)
+        image = Image.fromarray((np.asarray(image) + noise).clip(0, 255).astype(np.uint8))
+    return through_jpeg(image, rng.randint(45, 95)) if rng.random() < 0.2 else image
 
 
 @functools.cache

@@ -2,6 +2,7 @@
 
 import functools
 import itertools
+import math
 import random
 from dataclasses import dataclass
 
@@ -23,6 +24,7 @@ GLYPHS = "ABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789"
 MAX_LEN = 8
 MIN_ADVANCE = 15  # seen pixels from glyph to glyph on average
 MIN_OVER_TWO = 28  # seen pixels over two glyphs, so that an image token shows two at most
+CAPITAL = 0.37  # half the height of a capital, as a share of the font's size
 SIZES = (24, 90)  # seen pixels of a font
 _WORDS = """
     GO NO YES STOP EXIT OPEN HELLO WORLD CAT DOG BIRD FISH HORSE TREE FLOWER GARDEN RIVER OCEAN MOUNTAIN SUN MOON
@@ -91,23 +93,58 @@ class Line:
     half_height: float
 
 
+def _measure(text: str, font: str) -> tuple[float, list[float], float]:
+    """In units of the font's size: the text's length, the middles of its glyphs, the least advance over two glyphs."""
+    probe = load_font(font, 100)
+    ends = [probe.getlength(text[: idx + 1]) / 100 for idx in range(len(text))]
+    middles = [(start + end) / 2 for start, end in itertools.pairwise((0.0, *ends))]
+    return ends[-1], middles, min((b - a for a, b in zip(middles, middles[2:], strict=False)), default=2.0)
+
+
 def lay_out(printed: Print, width: int, height: int, zoom: float, rng: random.Random) -> Line:
     """A font, a size that can be read where the image is seen `zoom` times smaller, and a place."""
     for _ in range(8):
         name = rng.choice(FONTS)
-        probe = load_font(name, 100)
-        ends = [probe.getlength(printed.text[: idx + 1]) / 100 for idx in range(len(printed.text))]
-        middles = [(start + end) / 2 for start, end in itertools.pairwise((0.0, *ends))]
-        over_two = min((b - a for a, b in zip(middles, middles[2:], strict=False)), default=2.0)
-        largest = min(0.96 * width / ends[-1], 1.1 * height, SIZES[1] * zoom)
+        length, middles, over_two = _measure(printed.text, name)
+        largest = min(0.96 * width / length, 1.1 * height, SIZES[1] * zoom)
         smallest = max(MIN_OVER_TWO / over_two, SIZES[0]) * zoom
         if smallest <= largest:
             break
     size = max(8, int(rng.uniform(min(smallest, largest), largest)))
-    x = rng.uniform(0.02 * width, max(0.02 * width, 0.98 * width - ends[-1] * size))
-    half = 0.37 * size
+    x = rng.uniform(0.02 * width, max(0.02 * width, 0.98 * width - length * size))
+    half = CAPITAL * size
     y = rng.uniform(half + 2, max(half + 2, height - half - 2))
     return Line(x, y, size, name, tuple(x + middle * size for middle in middles), half)
+
+
+def lay_out_page(width: int, height: int, rng: random.Random) -> list[tuple[Print, Line]]:
+    """Lines of different fonts, colours and lengths, one below the other until the image of this seen size is full."""
+    lines: list[tuple[Print, Line]] = []
+    usual, y = math.exp(rng.uniform(*map(math.log, SIZES))), rng.uniform(1, 6)
+    while True:
+        printed = Print(_any_text(rng), rng.choice(tuple(COLOURS)))
+        name, x = rng.choice(FONTS), rng.uniform(2, 12)
+        _, middles, over_two = _measure(printed.text, name)
+        size = int(max(usual * rng.uniform(0.8, 1.1), MIN_OVER_TWO / over_two + 1, SIZES[0]))
+        if not lines:
+            size = min(size, int((height - y - 3) / (2 * CAPITAL)))
+        num_fit = sum(middle * size + x < width - 0.45 * size for middle in middles)
+        half = CAPITAL * size
+        if lines and (not num_fit or y + 2 * half + 2 > height):
+            return lines
+        printed = Print(printed.text[: max(1, num_fit)], printed.colour)
+        centers = tuple(x + middle * size for middle in middles[: len(printed.text)])
+        lines.append((printed, Line(x, y + half + 1, size, name, centers, half)))
+        y += 2 * half + 1 + rng.uniform(1, 8)
+
+
+def _any_text(rng: random.Random) -> str:
+    """Digits, a word, or letters at random: MAX_LEN at most."""
+    kind, length = rng.random(), rng.choice((4, 5, 6, 7, MAX_LEN, MAX_LEN, MAX_LEN))
+    if kind < 0.3:
+        return "".join(rng.choice(GLYPHS[26:]) for _ in range(length))
+    word = rng.choice(WORDS) if kind < 0.5 else ""
+    return (word + "".join(rng.choice(GLYPHS[:26]) for _ in range(MAX_LEN)))[:length]
 
 
 def draw(pen: ImageDraw.ImageDraw, printed: Print, line: Line, fill: tuple[int, ...], scale: int) -> None:

@@ -18,6 +18,8 @@ from .scenes import COLOURS, PLACES, SHAPES, SIZES, Scene, Thing
 DECLINE = "I only know drawn shapes, printed words and bar charts, so I cannot say."
 NO_TEXT = "There is no text."
 NO_BARS = "There are no bars."
+SAME, DIFFERENT = " The images are the same.", " The images are different."
+FIRST, SECOND = "First:", " Second:"  # how the two descriptions begin that these conclude from
 ORDINALS = ("first", "second", "third", "fourth", "fifth")
 RELATIONS = {"left of": (0, -1), "right of": (0, 1), "above": (1, -1), "below": (1, 1)}
 
@@ -42,6 +44,11 @@ def plain(said: Said) -> str:
 def of_image(said: Said, image: int) -> Said:
     """The same, said of another image of the message."""
     return tuple(part if isinstance(part, str) else Seen(part.text, part.marks, image) for part in said)
+
+
+def of_nothing(said: Said) -> Said:
+    """The same where there is no image to look at."""
+    return tuple(part if isinstance(part, str) else Seen(part.text, ()) for part in said)
 
 
 def fill(template: str, **words: str | Seen) -> Said:
@@ -99,7 +106,7 @@ def _fitting(facts: Facts, name: str) -> tuple[int, ...]:
     return ()
 
 
-def _random_thing(rng: random.Random) -> Thing:
+def random_thing(rng: random.Random) -> Thing:
     return Thing(rng.choice(SIZES), rng.choice(tuple(COLOURS)), rng.choice(SHAPES), 0)
 
 
@@ -197,7 +204,7 @@ def _count(facts: Facts, rng: random.Random, held_out: bool) -> Asked:
         name, words = "bar", list(facts.colours)
     else:
         things = facts.things if isinstance(facts, Scene) else ()
-        thing = rng.choice(things) if things and rng.random() < 0.8 else _random_thing(rng)
+        thing = rng.choice(things) if things and rng.random() < 0.8 else random_thing(rng)
         name = rng.choice(
             ("shape", "shape", f"{thing.colour} shape", f"{thing.colour} shape", thing.shape, thing.shape,
              f"{thing.size} shape", f"{thing.colour} {thing.shape}")
@@ -215,7 +222,7 @@ def _exists(facts: Facts, rng: random.Random, held_out: bool) -> Asked:
         name = f"{rng.choice(facts.colours) if rng.random() < 0.5 else rng.choice(tuple(COLOURS))} bar"
     else:
         is_scene = isinstance(facts, Scene) and rng.random() < 0.5
-        thing = rng.choice(facts.things) if isinstance(facts, Scene) and is_scene else _random_thing(rng)
+        thing = rng.choice(facts.things) if isinstance(facts, Scene) and is_scene else random_thing(rng)
         name = rng.choice((thing.shape, f"{thing.colour} {thing.shape}", f"{thing.colour} shape"))
     marks, full = _fitting(facts, name), a(name)
     asked = fill(wording("exists", rng, held_out), a_name=Seen(full, marks))
@@ -286,7 +293,7 @@ def ask(kind: str, facts: Facts, rng: random.Random, held_out: bool = False) -> 
         return (say(OUTSIDE_IMAGE, rng, held_out),), (DECLINE,)
     if facts is None:  # asked what a person asks of any image
         model_of = {"tallest": Chart(("red", "blue"), (1, 2)), "read": Print("A", "red")}.get(kind)
-        scene = Scene((_random_thing(rng),))
+        scene = Scene((random_thing(rng),))
         return (plain(ask(kind, model_of or scene, rng, held_out)[0]),), (DECLINE,)
     if kind == "describe":
         return (wording(kind, rng, held_out),), describe(facts)

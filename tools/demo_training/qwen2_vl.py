@@ -9,7 +9,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
-from .model import attend, attention_mask, half, initialize, pixel_scale, rotate, write_checkpoint
+from .model import NEIGHBOURS, attend, attention_mask, half, initialize, pixel_scale, rotate, write_checkpoint
 from .pictures import MAX_PIXELS, MIN_PIXELS
 from .samples import COMPARED_LAYER, Batch, Writer
 from .tokenizer import save_tokenizer
@@ -19,6 +19,10 @@ CONTEXT_LEN = 32768
 COMPARING_LAYER = 1
 # M-RoPE gives an image's columns the lowest frequencies: at the usual 1e6 the text model cannot tell left from right.
 ROPE_THETA = 100.0
+LOOKING, LOOKING_PAIRS = (
+    4.5,
+    3,
+)  # how firmly fresh heads look at a neighbour, and by how many rotary frequencies an axis
 
 
 def config_dict(tokenizer: Tokenizer) -> dict:
@@ -88,6 +92,7 @@ class Qwen2VL:
         initialize(self.tower)
         patch_weight = self.tower.patch_embed.proj.weight
         torch.nn.init.normal_(patch_weight, 0, patch_weight[0].numel() ** -0.5)
+        _look_at_neighbours(self.tower)
         initialize(self.model.model.language_model)
         torch.nn.init.normal_(self.model.model.language_model.embed_tokens.weight, 0, 0.03)
 
@@ -169,6 +174,27 @@ class Qwen2VL:
             "preprocessor_config.json": qwen2_vl_preprocessor(MIN_PIXELS, MAX_PIXELS, patch=PATCH, merge=MERGE),
         }
         write_checkpoint(folder, weights, files)
+
+
+def _look_at_neighbours(tower: torch.nn.Module) -> None:
+    """Biases of queries and keys that rotary positions turn into a look at one neighbour (see `NEIGHBOURS`).
+
+    A query of (1, 0) in each of the highest frequencies f fits a key of (cos f*d, -sin f*d) best where the key's patch
+    is d further.
+    """
+    neighbours = iter(NEIGHBOURS)
+    frequencies = tower.rotary_pos_emb.inv_freq
+    num_pairs = 2 * len(frequencies)
+    with torch.no_grad():
+        for block in tower.blocks:
+            torch.nn.init.zeros_(block.attn.qkv.bias)
+            queries, keys, _ = block.attn.qkv.bias.view(3, block.attn.num_heads, 2, num_pairs).unbind()
+            for head, neighbour in zip(range(block.attn.num_heads), neighbours, strict=False):
+                for axis, away in enumerate(neighbour):
+                    pairs = slice(axis * len(frequencies), axis * len(frequencies) + LOOKING_PAIRS)
+                    angles = away * frequencies[:LOOKING_PAIRS]
+                    queries[head, 0, pairs] = LOOKING
+                    keys[head, 0, pairs], keys[head, 1, pairs] = LOOKING * angles.cos(), -LOOKING * angles.sin()
 
 
 def _vision_rope(inv_freq: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor]:

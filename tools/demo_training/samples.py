@@ -20,17 +20,19 @@ from .questions import ORDINALS, Said, Seen
 from .tokenizer import OTHER_SYSTEMS, SYSTEM
 from .views import ImageGroup, OnDevice, image_group
 
-# Percent of batches beside the main one, which is "branches".
-OTHER_KINDS = {"image_last": 20, "turns": 20, "pair": 34, "triple": 16, "talk": 10}
+# Percent of batches beside the main one, which is "branches"; and of those without an image, which cost little.
+OTHER_KINDS = {"image_last": 16, "turns": 28, "pair": 34, "triple": 22}
+TEXT_KINDS = {"talk": 40, "conclusion": 60}
 NUM_BRANCHES = {"branches": 8, "turns": 6, "pair": 6, "triple": 6}  # 1 in all other kinds
-NUM_IMAGES = {"pair": 2, "triple": 3, "talk": 0}  # one in all other kinds
-ROWS = {"talk": 4.0, "pair": 0.75, "triple": 0.5}  # of those of a step: what takes about as long as a row of the others
+NUM_IMAGES = {"pair": 2, "triple": 3, "talk": 0, "conclusion": 0}  # one in all other kinds
+ROWS = {"talk": 3.0, "conclusion": 3.0, "pair": 0.75, "triple": 0.5}  # of those of a step: by what a row costs
 IMAGES_LAST_SHARE = 0.3  # of batches of several images ask before the images, with one question then
-TWICE_SHARE = 0.4  # of pairs show the same twice
+TWICE_SHARE, NEARLY_SHARE = 0.35, 0.2  # of pairs show the same twice, or nearly the same
 # Which guided head looks (see `guide`): an architecture says which of its layers has it.
 WORD_LAYER, NAME_LAYER, NEXT_LAYER = 0, 1, 2  # at image tokens
 CARRIED_NAME_LAYER, CARRIED_NEXT_LAYER = 3, 4  # the same of images that are seen no more, at the rows that kept them
 COMPARED_LAYER = 5  # a token of the second description, at its counterpart in the first
+KEPT = 6  # beside these: what each row holds once it has seen its image
 LAST_WEIGHT = 3.0  # of the last words of an answer, beside the others: they draw the conclusion
 
 
@@ -142,8 +144,9 @@ class Writer:
         if len(grids) == 1 and not are_last:
             self.add(segment, self.after_image(rng))
 
-    def answer(self, segment: Segment, said: Said) -> None:
-        """Ends the user's message and gives the answer; before each token that is Seen the model looks at it."""
+    def answer(self, segment: Segment, said: Said, is_given: bool = False) -> None:
+        """Ends the user's message and gives the answer; before each token that is Seen the model looks at it. Where the
+        answer `is_given` only its conclusion is learned."""
         self.add(segment, f"{self.END}{self.AFTER_END}{self.HEADER.format('assistant')}")
         start = len(segment.ids)
         begins: dict[str, int] = {}
@@ -159,8 +162,10 @@ class Writer:
         segment.learned[start:] = [num_tokens**-0.5] * num_tokens  # between every token and every answer the same
         if len(said) > 1:
             segment.learned[first:] = [LAST_WEIGHT * num_tokens**-0.5] * (len(segment.ids) - first)
-        if isinstance(said[-1], str) and "images are" in said[-1]:  # compared word by word
-            ones, others = begins["First:"], begins[" Second:"]
+        if is_given:
+            segment.learned[start:first] = [0.0] * (first - start)
+        if said[-1] in (questions.SAME, questions.DIFFERENT):  # compared word by word
+            ones, others = begins[questions.FIRST], begins[questions.SECOND]
             for offset in range(min(others - ones, first - others)):
                 segment.looks.append(Look(others + offset, COMPARED_LAYER, 0, (ones + offset,)))
         self.add(segment, self.AFTER_END)
@@ -180,7 +185,7 @@ class Writer:
         return segment
 
 
-def make_batch(writer: Writer, kind: str, seed: int, step: int, num_rows: int) -> Batch:
+def make_batch(writer: Writer, kind: str, seed: str, step: int, num_rows: int) -> Batch:
     """The batch of this step: rows of one kind."""
     rng = random.Random(f"{kind} {seed} {step}")
     sizes = [writer.fits(*pick_size(rng)) for _ in range(NUM_IMAGES.get(kind, 1))]
@@ -190,8 +195,11 @@ def make_batch(writer: Writer, kind: str, seed: int, step: int, num_rows: int) -
     for _ in range(max(1, round(num_rows * ROWS.get(kind, 1)))):
         if len(sizes) > 1:
             all_facts = dialogues.draw_many(sizes, rng)
-            if len(sizes) == 2 and rng.random() < TWICE_SHARE and dialogues.may_be_twice(all_facts[0], sizes[1]):
-                all_facts[1] = all_facts[0]
+            likeness = rng.random()
+            if len(sizes) == 2 and likeness < TWICE_SHARE + NEARLY_SHARE:
+                second = all_facts[0] if likeness < TWICE_SHARE else dialogues.vary(all_facts[0], rng)
+                if dialogues.may_be_twice(second, sizes[1]):
+                    all_facts[1] = second
             pictures = [make_picture(facts, *size, rng) for facts, size in zip(all_facts, sizes, strict=True)]
         else:
             pictures = [training_picture(rng.choices(PICTURE_KINDS, SHARES)[0], *size, rng) for size in sizes]
@@ -217,6 +225,11 @@ def make_sample(
         question, answer = dialogues.talk(rng)
         writer.add_question(first, question)
         writer.answer(first, answer)
+        return [first]
+    if kind == "conclusion":
+        question, answer = (questions.of_nothing(said) for said in dialogues.conclude(rng))
+        writer.add_question(first, question)
+        writer.answer(first, answer, is_given=True)
         return [first]
 
     def ask() -> questions.Asked:

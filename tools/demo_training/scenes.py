@@ -30,13 +30,14 @@ COLOURS: dict[str, tuple[tuple[int, int, int], ...]] = {
 SIZES = ("small", "medium", "large")
 PLACES = ("top left", "top", "top right", "left", "center", "right", "bottom left", "bottom", "bottom right")
 CENTERS = (0.2, 0.5, 0.8)  # of the columns and rows of places, as shares of width and height
-RADII = {"small": (0.06, 0.078), "medium": (0.1, 0.12), "large": (0.145, 0.18)}  # as shares of `unit`
+RADII = {"small": (0.06, 0.074), "medium": (0.1, 0.114), "large": (0.148, 0.178)}  # as shares of `unit`
 MAX_TURN = {"square": 0.3, "diamond": 0.25, "heart": 0.5}  # radians; other shapes are turned at will
 MIN_RADIUS = 5.5  # pixels; below it shapes cannot be told apart
 NUM_TRIES = 20  # for one thing, before all are laid out anew
-MIN_SHRINK = 0.87  # of crowded layouts; sizes stay apart
+MIN_SHRINK = 0.88  # of crowded layouts; sizes stay apart
 ALIKE_SHARE = 0.5  # of scenes have a kind that so many of their things are of: people count such
 NUM_THINGS = (1, 2, 2, 3, 3, 4, 4, 5, 6)
+CROWD = (6, 7, 8)  # things of a scene that is only named
 
 HELD_OUT_SHARE = 10  # one layout in so many
 
@@ -93,17 +94,20 @@ def places_of(width: int, height: int) -> list[int]:
 
 
 def draw_scene(
-    rng: random.Random, width: int = 168, height: int = 168, held_out: bool = False, max_things: int = 6
+    rng: random.Random,
+    width: int = 168,
+    height: int = 168,
+    held_out: bool = False,
+    num_things: Sequence[int] = NUM_THINGS,
 ) -> Scene:
     """A random layout for an image of this size, from the training share or from the held-out share."""
     places = places_of(width, height)
     sizes = [size for size in SIZES if RADII[size][0] * unit(width, height) >= MIN_RADIUS] or ["large"]
     while True:
-        num_things = min(max_things, len(places), rng.choice(NUM_THINGS))
         alike = rng.choice(tuple(COLOURS)), rng.choice(SHAPES)
         share = ALIKE_SHARE if rng.random() < ALIKE_SHARE else 0.0
         things = []
-        for place in sorted(rng.sample(places, num_things)):
+        for place in sorted(rng.sample(places, min(len(places), rng.choice(num_things)))):
             any_kind = rng.choice(tuple(COLOURS)), rng.choice(SHAPES)
             things.append(Thing(rng.choice(sizes), *(alike if rng.random() < share else any_kind), place))
         scene = Scene(tuple(things))
@@ -201,7 +205,7 @@ def _heart() -> list[tuple[float, float]]:
     ]
 
 
-NARROWEST = {"triangle": (0.8, 0.8), "diamond": (0.6, 1.0), "heart": (0.85, 0.85)}  # as shares of width and height
+NARROWEST = {"triangle": (0.8, 0.8), "diamond": (0.6, 0.65), "heart": (0.85, 0.85)}  # as shares of width and height
 ARM = 0.32  # half the width of a cross's arm
 OUTLINES: dict[str, Sequence[tuple[float, float]]] = {
     "square": [(-0.85, -0.85), (0.85, -0.85), (0.85, 0.85), (-0.85, 0.85)],
