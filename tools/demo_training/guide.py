@@ -82,12 +82,13 @@ class Guide:
         shown = [group.shown.numpy() for group in batch.images]
         firsts = np.cumsum([0, *(group.labels.shape[1] for group in batch.images)])
         taken = {(row, look.image, look.marks[0]): at for row, at, look in batch.looks if look.layer == WORD_LAYER}
-        # the image's own row is always one; where there are more, words stand between it and the next image
+        # The image's own row is always one; where there are more, words stand between it and the next image. What
+        # speaks of it later looks at the class token of the last one: it shows nothing, all else would mislead.
         left = {(row, image) for row, image, mark in taken if mark > 0}
 
         def in_image(row: int, at: int, look: Look) -> Sequence[int]:
             if (row, look.image) in left and look.layer != WORD_LAYER:
-                return ()
+                return (firsts[-2],)
             return np.flatnonzero(np.isin(shown[look.image][row], look.marks).any(-1)) + firsts[look.image]
 
         def in_rows(row: int, at: int, look: Look) -> Sequence[int]:

@@ -21,7 +21,7 @@ from .tokenizer import OTHER_SYSTEMS, SYSTEM
 from .views import ImageGroup, OnDevice, image_group
 
 # Percent of batches beside the main one, which is "branches"; and of those without an image, which cost little.
-OTHER_KINDS = {"image_last": 16, "turns": 28, "pair": 34, "triple": 22}
+OTHER_KINDS = {"image_last": 10, "turns": 22, "pair": 46, "triple": 22}
 TEXT_KINDS = {"talk": 40, "conclusion": 60}
 NUM_BRANCHES = {"branches": 8, "turns": 6, "pair": 6, "triple": 6}  # 1 in all other kinds
 NUM_IMAGES = {"pair": 2, "triple": 3, "talk": 0, "conclusion": 0}  # one in all other kinds
