@@ -295,6 +295,17 @@ def test_a_few_steps_lower_the_loss(tokenizer):
     assert losses[-1] < losses[0] - 0.5
 
 
+def test_a_question_has_one_right_answer():
+    """Of things that are all alike, too, where a place is all that tells one from the other."""
+    rng = random.Random(8)
+    alike = scenes.Scene(tuple(scenes.Thing("small", "red", "star", place) for place in (0, 5, 7)))
+    for facts in (alike, *(some_facts(rng) for _ in range(40))):
+        answers = {}
+        for kind in list(questions.kinds_of(facts)) * 40:
+            question, answer = (questions.plain(said) for said in questions.ask(kind, facts, rng))
+            assert answers.setdefault(question, answer) == answer
+
+
 def test_every_glyph_of_a_page_is_named_by_a_token():
     rng = random.Random(2)
     for size in ((160, 160), (240, 112), (96, 272)):

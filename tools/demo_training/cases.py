@@ -9,7 +9,6 @@ from . import dialogues, questions
 from .phrases import GREETINGS, say
 from .pictures import Facts, draw_facts, make_picture, pick_size
 from .questions import DECLINE, plain
-from .scenes import Scene
 
 ABOUT_SCENES = ("describe", "what_at", "colour", "shape", "size", "where", "count", "exists", "relation")
 ABOUT_PRINTS = {"read": "read", "ink": "ink", "word_or_number": "sort"}
@@ -65,7 +64,7 @@ def _facts_for(kind: str, size: tuple[int, int], rng: random.Random) -> Facts:
     picture_kind = "print" if kind in ABOUT_PRINTS else "chart" if kind in ABOUT_CHARTS else "scene"
     while True:
         facts = draw_facts("other" if kind == "decline" else picture_kind, *size, rng, held_out=True)
-        if kind != "relation" or (isinstance(facts, Scene) and len(facts.things) > 1):
+        if kind != "relation" or kind in questions.kinds_of(facts):
             return facts
 
 

@@ -80,7 +80,8 @@ def vary(facts: Facts, rng: random.Random) -> Facts:
 def conclude(rng: random.Random) -> Asked:
     """A question whose answer concludes from what it says before: for that nothing need be seen. For training."""
     if rng.random() < 0.5:
-        scene = draw_scene(rng, num_things=(2, 3))
+        while "relation" not in questions.kinds_of(scene := draw_scene(rng, num_things=(2, 3))):
+            pass
         return questions.ask("relation", scene, rng)
     one, other = draw_many([(168, 168)] * 2, rng)
     likeness = rng.random()

@@ -157,7 +157,9 @@ def _about_scene(kind: str, scene: Scene, rng: random.Random, held_out: bool) ->
     if kind == "shape":
         single = [key for key in (thing.colour, f"{thing.size} and {thing.colour}", thing.size)
                   if len(_fitting(scene, key.replace(" and", ""))) == 1]  # fmt: skip
-        key = rng.choice(single) if single else f"at the {thing.place}"
+        if not single:  # by its place, which is asked, and answered, in another way
+            return _about_scene("what_at", scene, rng, held_out)
+        key = rng.choice(single)
         return fill(template, name=Seen(key, (idx,))), (
             f"The shape that is {key} is a",
             Seen(f" {thing.shape}", (idx,)),
@@ -181,10 +183,14 @@ def _listed(words: Sequence[tuple[str, int]], lead: str) -> list[Seen]:
     return [Seen(joint + word, (mark,)) for joint, (word, mark) in zip(joints, words, strict=True)]
 
 
+def _alone(scene: Scene) -> list[int]:
+    """The things that no other thing is like."""
+    return [idx for idx, thing in enumerate(scene.things) if len(_fitting(scene, thing.words)) == 1]
+
+
 def _relation(scene: Scene, template: str, rng: random.Random) -> Asked:
     """Whether one thing is left of, right of, above or below another; never of two in one column or row."""
-    single = [idx for idx, thing in enumerate(scene.things) if len(_fitting(scene, thing.words)) == 1]
-    one, other = rng.sample(single if len(single) > 1 else range(len(scene.things)), 2)
+    one, other = rng.sample(_alone(scene), 2)
     ways = []
     for relation, (axis, sign) in RELATIONS.items():
         at = [scene.things[i].place_idx % 3 if axis == 0 else scene.things[i].place_idx // 3 for i in (one, other)]
@@ -276,10 +282,9 @@ OTHER_KINDS = {
 def kinds_of(facts: Facts) -> dict[str, int]:
     """Which kinds of questions are asked of such a picture, and how often in training."""
     match facts:
-        case Scene(things):
-            return (
-                SCENE_KINDS if len(things) > 1 else {kind: n for kind, n in SCENE_KINDS.items() if kind != "relation"}
-            )
+        case Scene():
+            can_relate = len(_alone(facts)) > 1
+            return {kind: n for kind, n in SCENE_KINDS.items() if kind != "relation" or can_relate}
         case Print():
             return PRINT_KINDS
         case Chart():
