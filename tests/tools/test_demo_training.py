@@ -306,6 +306,14 @@ def test_a_question_has_one_right_answer():
             assert answers.setdefault(question, answer) == answer
 
 
+def test_no_held_out_word_stands_on_a_page():
+    rng = random.Random(4)
+    lines = [printed.text for _ in range(300) for printed, _ in prints.lay_out_page(240, 160, rng)]
+    held_out = [word for word in prints.WORDS if scenes.is_held_out(word) and len(word) > 3]
+    assert held_out and not any(line.startswith(word) for line in lines for word in held_out)
+    assert sum(line.startswith(prints.TRAINED_WORDS) for line in lines) > 100
+
+
 def test_every_glyph_of_a_page_is_named_by_a_token():
     rng = random.Random(2)
     for size in ((160, 160), (240, 112), (96, 272)):

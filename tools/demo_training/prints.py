@@ -39,6 +39,7 @@ _WORDS = """
     WARNING HELP TAKE CARE ONE TWO THREE FOUR FIVE SIX SEVEN EIGHT NINE TEN
 """
 WORDS = tuple(_WORDS.split())
+TRAINED_WORDS = tuple(word for word in WORDS if not is_held_out(word))
 
 
 @dataclass(frozen=True)
@@ -139,11 +140,11 @@ def lay_out_page(width: int, height: int, rng: random.Random) -> list[tuple[Prin
 
 
 def _any_text(rng: random.Random) -> str:
-    """Digits, a word, or letters at random: MAX_LEN at most."""
+    """Digits, a word of those that are trained, or letters at random: MAX_LEN at most."""
     kind, length = rng.random(), rng.choice((4, 5, 6, 7, MAX_LEN, MAX_LEN, MAX_LEN))
     if kind < 0.3:
         return "".join(rng.choice(GLYPHS[26:]) for _ in range(length))
-    word = rng.choice(WORDS) if kind < 0.5 else ""
+    word = rng.choice(TRAINED_WORDS) if kind < 0.5 else ""
     return (word + "".join(rng.choice(GLYPHS[:26]) for _ in range(MAX_LEN)))[:length]
 
 
