@@ -105,6 +105,7 @@ def train(args: argparse.Namespace) -> None:
 
 
 def train_part(args: argparse.Namespace, rank: int) -> None:
+    """What each process does; the first one alone (rank 0) tells, saves and exports."""
     torch.set_num_threads(args.threads)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # each worker is one thread
     tokenizer = Tokenizer.from_file(str(args.work / TOKENIZER))
@@ -220,7 +221,7 @@ class Run:
             guided, shares = look_loss(targets, looks)
             total = total + answers + args.look_weight * guided
             kept = lesson.kept[idx]
-            if kept is not None and KEPT in looks:
+            if kept is not None:
                 keeping = kept_loss(self.head, kept, looks[KEPT])
                 total = total + args.look_weight * keeping
                 if told is not None:
@@ -265,9 +266,9 @@ class Run:
                 if self.answers_from is None and clock.progress >= args.sight_share:
                     self.answers_from = clock.step
                     lessons = self.lessons()
-                told = self.step(next(lessons), clock.step % args.tell_steps == 0)
+                told = self.step(next(lessons), self.team.rank == 0 and clock.step % args.tell_steps == 0)
                 bar.update()
-                if told and not self.team.rank:
+                if told:
                     value = told.get("answers", told["naming"])
                     self.mean_loss = value if not self.mean_loss else 0.9 * self.mean_loss + 0.1 * value
                     columns = [told.get(name, "") for name in ("naming", "answers", "lr", "norm")]

@@ -1,4 +1,4 @@
-"""Training runs of the embedded models: lessons by workers, checkpoints, and steps that never wait for the device."""
+"""Training runs of the embedded models: lessons by workers, checkpoints, and losses that never wait for the device."""
 
 import copy
 import itertools

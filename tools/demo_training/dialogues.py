@@ -9,7 +9,7 @@ from .charts import Chart
 from .phrases import ABILITIES, GREETINGS, ask_outside, careless, say, wording
 from .pictures import Facts, draw_facts
 from .prints import GLYPHS, Print
-from .questions import DECLINE, DIFFERENT, ORDINALS, SAME, Asked, Said, Seen, describe, fill, of_image
+from .questions import DECLINE, DIFFERENT, ORDINALS, SAME, Asked, Said, Seen, describe, fill, heading, of_image
 from .scenes import COLOURS, Scene, draw_scene, is_held_out, places_of
 
 GREETING = "Hello! Send me an image of drawn shapes, a printed word or a bar chart, and ask about it."
@@ -106,7 +106,7 @@ def ask_many(all_facts: Sequence[Facts], rng: random.Random, held_out: bool = Fa
         return _which_image(all_facts, rng, held_out)
     told = ()
     for number, facts in enumerate(all_facts):
-        told += (f"{' ' if number else ''}{ORDINALS[number].capitalize()}:", *of_image(_lower(describe(facts)), number))
+        told += (heading(number), *of_image(_lower(describe(facts)), number))
     if kind == "same":
         told += (SAME if all_facts[0] == all_facts[1] else DIFFERENT,)
     return (wording(kind, rng, held_out),), told

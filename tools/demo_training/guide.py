@@ -33,6 +33,7 @@ from .samples import (
     Look,
 )
 from .scenes import COLOURS, PLACES, SHAPES, SIZES
+from .sight import field_surprises
 from .views import OnDevice
 
 KEPT_FIELDS = np.array([name in ("colour", "shape", "size", "place", "order", "glyph", "rank") for name in FIELDS])
@@ -159,11 +160,7 @@ def _target(rows: np.ndarray, columns: np.ndarray, seen: np.ndarray, stands_at: 
 def kept_loss(head: torch.nn.Linear, kept: Kept, states: Tensor) -> Tensor:
     """Mean surprise of `head` (the tower's own: it learns nothing here) at what rows keep in (rows, length, hidden)."""
     logits = F.linear(states[kept.rows, kept.columns], head.weight.detach(), head.bias.detach()).float()
-    surprises = [
-        F.cross_entropy(part, kept.labels[:, idx], ignore_index=IGNORED, reduction="none")
-        for idx, part in enumerate(logits.split(list(FIELDS.values()), -1))
-    ]
-    return torch.stack(surprises).sum() / (kept.labels != IGNORED).sum()
+    return field_surprises(logits, kept.labels).sum() / (kept.labels != IGNORED).sum()
 
 
 def look_loss(targets: dict[int, Target], looks: dict[int, Tensor]) -> tuple[Tensor, dict[int, Tensor]]:

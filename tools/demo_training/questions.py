@@ -19,7 +19,6 @@ DECLINE = "I only know drawn shapes, printed words and bar charts, so I cannot s
 NO_TEXT = "There is no text."
 NO_BARS = "There are no bars."
 SAME, DIFFERENT = " The images are the same.", " The images are different."
-FIRST, SECOND = "First:", " Second:"  # how the two descriptions begin that these conclude from
 ORDINALS = ("first", "second", "third", "fourth", "fifth")
 RELATIONS = {"left of": (0, -1), "right of": (0, 1), "above": (1, -1), "below": (1, 1)}
 
@@ -44,6 +43,11 @@ def plain(said: Said) -> str:
 def of_image(said: Said, image: int) -> Said:
     """The same, said of another image of the message."""
     return tuple(part if isinstance(part, str) else Seen(part.text, part.marks, image) for part in said)
+
+
+def heading(image: int) -> str:
+    """What stands before the description of one of several images."""
+    return f"{' ' if image else ''}{ORDINALS[image].capitalize()}:"
 
 
 def of_nothing(said: Said) -> Said:

@@ -165,7 +165,7 @@ class Writer:
         if is_given:
             segment.learned[start:first] = [0.0] * (first - start)
         if said[-1] in (questions.SAME, questions.DIFFERENT):  # compared word by word
-            ones, others = begins[questions.FIRST], begins[questions.SECOND]
+            ones, others = begins[questions.heading(0)], begins[questions.heading(1)]
             for offset in range(min(others - ones, first - others)):
                 segment.looks.append(Look(others + offset, COMPARED_LAYER, 0, (ones + offset,)))
         self.add(segment, self.AFTER_END)

@@ -41,14 +41,21 @@ def _draw(width: int, height: int, rng: random.Random) -> Picture:
     return training_picture(rng.choices(KINDS, SHARES)[0], width, height, rng)
 
 
+def field_surprises(logits: Tensor, labels: Tensor) -> Tensor:
+    """The cross entropy of each field, (tokens, fields), of the head's logits; 0 where a label is IGNORED."""
+    parts = logits.split(list(FIELDS.values()), -1)
+    surprises = [
+        F.cross_entropy(part, truth, ignore_index=IGNORED, reduction="none")
+        for part, truth in zip(parts, labels.unbind(-1), strict=True)
+    ]
+    return torch.stack(surprises, -1)
+
+
 def name_loss(head: nn.Linear, features: Tensor, group: ImageGroup) -> tuple[Tensor, Tensor]:
     """Weighted cross entropy over the fields for tokens (images, tokens, hidden), and the logits of all fields."""
     logits = head(features).float()
-    surprises = [
-        F.cross_entropy(part.flatten(0, 1), group.labels[..., idx].flatten(), ignore_index=IGNORED, reduction="none")
-        for idx, part in enumerate(logits.split(list(FIELDS.values()), -1))
-    ]
-    return (torch.stack(surprises, -1) * group.weights.flatten(0, 1)).sum(), logits
+    surprises = field_surprises(logits.flatten(0, 1), group.labels.flatten(0, 1))
+    return (surprises * group.weights.flatten(0, 1)).sum(), logits
 
 
 def name_shares(logits: Tensor, group: ImageGroup) -> dict[str, Tensor]:
