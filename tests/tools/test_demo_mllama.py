@@ -113,12 +113,30 @@ def test_rows_between_images_take_along_what_is_asked_later(net):
     kept = guide.Guide(net.tokenizer).kept(batch)
     row = kept.labels[kept.columns.tolist().index(image_row)]
     assert all(row[labels.FIELD_IDX[name]] == value for name, value in thing.items())
+    assert samples.NEXT_LAYER in targets  # of it, nothing can be seen: the last image's class token
+    class_token = batch.images[0].labels.shape[1]
+    assert (targets[samples.NEXT_LAYER].seen.nonzero()[:, 1] == class_token).all()
     with torch.inference_mode():
         looks = {}
         net.hidden_states(batch, [net.encode(group) for group in batch.images], looks)
     _, shares = guide.look_loss(targets, looks)
     assert looks[samples.KEPT].shape == (*batch.ids.shape, mllama.HIDDEN)
     assert set(shares) == set(targets) and all(0 < share < 1 for share in shares.values())
+
+
+def test_what_speaks_of_the_last_image_looks_at_no_row_that_kept_another(net):
+    rng, writer = random.Random(2), net.writer()
+    drawn = [pictures.make_picture(scenes.draw_scene(rng, num_things=(2, 2)), 160, 160, rng) for _ in range(2)]
+    segment = writer.start(rng)
+    writer.add_images(segment, [(1, 1), (1, 1)], rng)
+    writer.answer(segment, questions.of_image(questions.describe(drawn[1].facts), 1))
+    batch = samples.collate([[segment]], [writer.group([picture]) for picture in drawn], writer.image_id)
+    targets = guide.Guide(net.tokenizer).targets(batch)
+    assert set(targets[samples.CARRIED_NEXT_LAYER].seen.nonzero()[:, 1].tolist()) == {0}
+    last = batch.images[0].labels.shape[1]
+    words = targets[samples.WORD_LAYER]
+    is_answer = words.columns > segment.ids.index(writer.image_id, segment.ids.index(writer.image_id) + 1)
+    assert is_answer.any() and (words.seen[is_answer].nonzero()[:, 1] >= last).all()
 
 
 def test_fresh_heads_of_the_tower_look_at_neighbours(net, monkeypatch):

@@ -342,6 +342,32 @@ def test_of_a_conclusion_only_the_last_words_are_learned(tokenizer):
     assert len(learned) == 25 and max(map(len, learned)) < 30
 
 
+def test_only_a_conclusion_weighs_more_and_not_the_end_of_a_list(tokenizer):
+    scene = scenes.Scene(tuple(scenes.Thing("small", "red", "star", place) for place in (0, 5)))
+    other = scenes.Scene((scenes.Thing("small", "blue", "ring", 0), scenes.Thing("large", "red", "star", 8)))
+    rng = random.Random(0)
+    answers = {
+        "count": questions.ask("count", scene, rng),
+        "describe": questions.ask("describe", scene, rng),
+        "which": dialogues.ask_many((scene, other), rng, kind="which_image"),
+        "relation": questions.ask("relation", other, rng),
+        "same": dialogues.ask_many((scene, scene), rng, kind="same"),
+    }
+    for kind, (_, answer) in answers.items():
+        segment = samples.Segment()
+        samples.Writer(tokenizer).answer(segment, answer)
+        weights = [weight for weight in segment.learned if weight]
+        heavier = samples.CONCLUSION_WEIGHT if kind in ("relation", "same") else 1
+        assert max(weights) == pytest.approx(heavier * min(weights)), kind
+
+
+def test_a_name_that_things_of_several_images_have_looks_at_all_of_them(tokenizer):
+    scene = scenes.Scene((scenes.Thing("small", "red", "star", 0),))
+    writer, segment = samples.Writer(tokenizer), samples.Segment()
+    writer.add_question(segment, dialogues.ask_many([scene] * 3, random.Random(0), kind="which_image")[0])
+    assert [look.shown for look in segment.looks] == [tuple((image, (0,)) for image in range(3))]
+
+
 def test_fresh_heads_of_the_tower_look_at_neighbours(small_model, monkeypatch):
     assert_looks_at_neighbours(qwen2_vl, small_model, monkeypatch)
 

@@ -82,21 +82,30 @@ class Guide:
         labels = np.concatenate([group.labels.numpy() for group in batch.images], 1)  # (rows, image tokens, fields)
         shown = [group.shown.numpy() for group in batch.images]
         firsts = np.cumsum([0, *(group.labels.shape[1] for group in batch.images)])
-        taken = {(row, look.image, look.marks[0]): at for row, at, look in batch.looks if look.layer == WORD_LAYER}
+        to_keep = [(row, at, *_kept_mark(look)) for row, at, look in batch.looks if look.layer == WORD_LAYER]
+        taken = {(row, image, mark): at for row, at, image, mark in to_keep}
         # The image's own row is always one; where there are more, words stand between it and the next image. What
-        # speaks of it later looks at the class token of the last one: it shows nothing, all else would mislead.
+        # speaks only of images that are seen no more looks at the class token of the last one: it shows nothing, all
+        # else would mislead. What speaks only of the last one looks at the first row of all, for the same reason.
         left = {(row, image) for row, image, mark in taken if mark > 0}
+        left_rows = {row for row, _ in left}
 
         def in_image(row: int, at: int, look: Look) -> Sequence[int]:
-            if (row, look.image) in left and look.layer != WORD_LAYER:
-                return (firsts[-2],)
-            return np.flatnonzero(np.isin(shown[look.image][row], look.marks).any(-1)) + firsts[look.image]
+            found = [
+                np.flatnonzero(np.isin(shown[image][row], marks).any(-1)) + firsts[image]
+                for image, marks in look.shown
+                if (row, image) not in left or look.layer == WORD_LAYER
+            ]
+            return np.concatenate(found) if found else (firsts[-2],)
 
         def in_rows(row: int, at: int, look: Look) -> Sequence[int]:
-            return [taken[row, look.image, mark] for mark in look.marks if (row, look.image, mark) in taken]
+            if row not in left_rows:
+                return ()
+            kept = [(row, image, mark) for image, marks in look.shown if (row, image) in left for mark in marks]
+            return [taken[key] for key in kept if key in taken] if kept else (0,)
 
         def counterpart(row: int, at: int, look: Look) -> Sequence[int]:
-            return (at - look.slot + look.marks[0],)
+            return (at - look.slot + look.counterpart,)
 
         images = batch.stands_at.numpy()
         columns = np.broadcast_to(np.arange(batch.ids.shape[1]), batch.ids.shape)
@@ -113,6 +122,7 @@ class Guide:
         rows, at = np.nonzero(self._field[batch.ids.numpy()] >= 0)
         ids = batch.ids.numpy()[rows, at]
         words = rows, at, labels[rows, :, self._field[ids]] == self._value[ids][:, None]
+        words[2][np.isin(rows, list(left_rows)), : firsts[-2]] = False
         both = zip(words, _looks(batch, WORD_LAYER, in_image, images.shape[1]), strict=True)
         targets[WORD_LAYER] = _target(*(np.concatenate(parts) for parts in both), images)
         return {layer: target for layer, target in targets.items() if len(target.rows)}
@@ -122,10 +132,10 @@ class Guide:
         found = []
         for row, column, look in batch.looks:
             if look.layer == WORD_LAYER:
-                labels, shown = (
-                    table[row].numpy() for table in (batch.images[look.image].labels, batch.images[look.image].shown)
-                )
-                at = np.argwhere(shown == look.marks[0])
+                image, mark = _kept_mark(look)
+                group = batch.images[image]
+                labels, shown = group.labels[row].numpy(), group.shown[row].numpy()
+                at = np.argwhere(shown == mark)
                 if len(at):
                     token, place = at[0]
                     values = np.where(KEPT_FIELDS, labels[token], IGNORED)
@@ -137,6 +147,12 @@ class Guide:
             return None
         rows, columns, values = (torch.from_numpy(np.array(column, np.int64)) for column in zip(*found, strict=True))
         return Kept(rows, columns, values)
+
+
+def _kept_mark(look: Look) -> tuple[int, int]:
+    """The image and the one mark in it that a row takes along."""
+    ((image, (mark,)),) = look.shown
+    return image, mark
 
 
 def _looks(

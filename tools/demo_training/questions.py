@@ -7,7 +7,7 @@ image they are `Seen`: `guide` teaches one head of the text model to look there.
 
 import random
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from .charts import Chart
 from .phrases import OUTSIDE_IMAGE, careless, say, wording
@@ -19,17 +19,25 @@ DECLINE = "I only know drawn shapes, printed words and bar charts, so I cannot s
 NO_TEXT = "There is no text."
 NO_BARS = "There are no bars."
 SAME, DIFFERENT = " The images are the same.", " The images are different."
+YES, NO = ": yes.", ": no."  # after both places of a relation
+CONCLUSIONS = (SAME, DIFFERENT, YES, NO)  # from what the answer has said before
 ORDINALS = ("first", "second", "third", "fourth", "fifth")
 RELATIONS = {"left of": (0, -1), "right of": (0, 1), "above": (1, -1), "below": (1, 1)}
 
 
 @dataclass(frozen=True)
 class Seen:
-    """Words that speak of these marks of that image."""
+    """Words that speak of these marks of that image, and `also` of marks of other images."""
 
     text: str
     marks: tuple[int, ...]
     image: int = 0
+    also: tuple[tuple[int, tuple[int, ...]], ...] = ()  # (image, marks) each
+
+    @property
+    def shown(self) -> tuple[tuple[int, tuple[int, ...]], ...]:
+        """All (image, marks) that there are."""
+        return tuple(entry for entry in ((self.image, self.marks), *self.also) if entry[1])
 
 
 Said = tuple[str | Seen, ...]
@@ -67,7 +75,7 @@ def fill(template: str, **words: str | Seen) -> Said:
             continue
         # a word and the space before it are one token
         stripped = before.removesuffix(" ")
-        parts += [stripped, Seen(before[len(stripped) :] + word.text, word.marks, word.image)]
+        parts += [stripped, replace(word, text=before[len(stripped) :] + word.text)]
     return tuple(part for part in (*parts, template) if part)
 
 
@@ -204,7 +212,7 @@ def _relation(scene: Scene, template: str, rng: random.Random) -> Asked:
     first, second = (_some_name(scene, scene.things[i], rng) for i in (one, other))
     asked = fill(template, name=Seen(first, (one,)), relation=relation, other=Seen(second, (other,)))
     places = [Seen(f" {scene.things[i].place}", (i,)) for i in (one, other)]
-    told = (f"The {first} is at the", places[0], f", the {second} at the", places[1], f": {'yes' if is_so else 'no'}.")
+    told = (f"The {first} is at the", places[0], f", the {second} at the", places[1], YES if is_so else NO)
     return asked, told
 
 

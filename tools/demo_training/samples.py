@@ -21,11 +21,11 @@ from .tokenizer import OTHER_SYSTEMS, SYSTEM
 from .views import ImageGroup, OnDevice, image_group
 
 # Percent of batches beside the main one, which is "branches"; and of those without an image, which cost little.
-OTHER_KINDS = {"image_last": 10, "turns": 22, "pair": 46, "triple": 22}
-TEXT_KINDS = {"talk": 40, "conclusion": 60}
+OTHER_KINDS = {"image_last": 8, "turns": 16, "pair": 40, "triple": 36}
+TEXT_KINDS = {"talk": 50, "conclusion": 50}
 NUM_BRANCHES = {"branches": 8, "turns": 6, "pair": 6, "triple": 6}  # 1 in all other kinds
 NUM_IMAGES = {"pair": 2, "triple": 3, "talk": 0, "conclusion": 0}  # one in all other kinds
-ROWS = {"talk": 3.0, "conclusion": 3.0, "pair": 0.75, "triple": 0.5}  # of those of a step: by what a row costs
+ROWS = {"talk": 3.0, "conclusion": 3.0, "pair": 0.75, "triple": 0.75}  # of those of a step: by what a row costs
 IMAGES_LAST_SHARE = 0.3  # of batches of several images ask before the images, with one question then
 TWICE_SHARE, NEARLY_SHARE = 0.35, 0.2  # of pairs show the same twice, or nearly the same
 # Which guided head looks (see `guide`): an architecture says which of its layers has it.
@@ -33,18 +33,21 @@ WORD_LAYER, NAME_LAYER, NEXT_LAYER = 0, 1, 2  # at image tokens
 CARRIED_NAME_LAYER, CARRIED_NEXT_LAYER = 3, 4  # the same of images that are seen no more, at the rows that kept them
 COMPARED_LAYER = 5  # a token of the second description, at its counterpart in the first
 KEPT = 6  # beside these: what each row holds once it has seen its image
-LAST_WEIGHT = 3.0  # of the last words of an answer, beside the others: they draw the conclusion
+CONCLUSION_WEIGHT = 3.0  # beside the other words. Nothing that ends a list may weigh more: lists would end early
 
 
 @dataclass(frozen=True)
 class Look:
-    """A token that should look at image tokens: its slot in the segment and what they show. In COMPARED_LAYER it looks
-    at the one slot in `marks`."""
+    """A token that should look at image tokens: its slot in the segment and what they show."""
 
     slot: int
     layer: int
-    image: int
-    marks: tuple[int, ...]
+    shown: tuple[tuple[int, tuple[int, ...]], ...]  # (image, marks) each
+    counterpart: int = 0  # in COMPARED_LAYER: the slot to look at
+
+
+def _look_to_keep(slot: int, image: int, mark: int) -> Look:
+    return Look(slot, WORD_LAYER, ((image, (mark,)),))
 
 
 @dataclass
@@ -118,8 +121,8 @@ class Writer:
         """Words that are Seen look, at their last token, at what they speak of."""
         for part in said:
             self.add(segment, part if isinstance(part, str) else part.text)
-            if isinstance(part, Seen) and part.marks:
-                segment.looks.append(Look(len(segment.ids) - 1, NAME_LAYER, part.image, part.marks))
+            if isinstance(part, Seen) and part.shown:
+                segment.looks.append(Look(len(segment.ids) - 1, NAME_LAYER, part.shown))
 
     def add_image(self, segment: Segment, grid: tuple[int, int]) -> None:
         self.add(segment, self.IMAGE[0])
@@ -138,7 +141,7 @@ class Writer:
             self.add(segment, lead.format(nth=ORDINALS[number], n=number + 1))
             if self.CARRIES and number:  # what these rows do not take along is lost: each takes one thing
                 slots = range(start, len(segment.ids))
-                segment.looks += [Look(slot, WORD_LAYER, number - 1, (slot - start,)) for slot in slots]
+                segment.looks += [_look_to_keep(slot, number - 1, slot - start) for slot in slots]
             start = len(segment.ids)
             self.add_image(segment, grid)
         if len(grids) == 1 and not are_last:
@@ -154,20 +157,20 @@ class Writer:
             first = len(segment.ids)
             begins[questions.plain((part,))] = first
             self.add(segment, part if isinstance(part, str) else part.text)
-            if isinstance(part, Seen) and part.marks:
+            if isinstance(part, Seen) and part.shown:
                 slots = range(first - 1, len(segment.ids) - 1)
-                segment.looks += [Look(slot, NEXT_LAYER, part.image, part.marks) for slot in slots]
+                segment.looks += [Look(slot, NEXT_LAYER, part.shown) for slot in slots]
         self.add(segment, self.END)
         num_tokens = len(segment.ids) - start
         segment.learned[start:] = [num_tokens**-0.5] * num_tokens  # between every token and every answer the same
-        if len(said) > 1:
-            segment.learned[first:] = [LAST_WEIGHT * num_tokens**-0.5] * (len(segment.ids) - first)
+        if said[-1] in questions.CONCLUSIONS:
+            segment.learned[first:] = [CONCLUSION_WEIGHT * num_tokens**-0.5] * (len(segment.ids) - first)
         if is_given:
             segment.learned[start:first] = [0.0] * (first - start)
         if said[-1] in (questions.SAME, questions.DIFFERENT):  # compared word by word
             ones, others = begins[questions.heading(0)], begins[questions.heading(1)]
             for offset in range(min(others - ones, first - others)):
-                segment.looks.append(Look(others + offset, COMPARED_LAYER, 0, (ones + offset,)))
+                segment.looks.append(Look(others + offset, COMPARED_LAYER, (), ones + offset))
         self.add(segment, self.AFTER_END)
 
     def turn(self, segment: Segment) -> None:
