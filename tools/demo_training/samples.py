@@ -21,11 +21,12 @@ from .tokenizer import OTHER_SYSTEMS, SYSTEM
 from .views import ImageGroup, OnDevice, image_group
 
 # Percent of batches beside the main one, which is "branches"; and of those without an image, which cost little.
-OTHER_KINDS = {"image_last": 8, "turns": 16, "pair": 40, "triple": 36}
+OTHER_KINDS = {"image_last": 8, "turns": 10, "pair": 46, "triple": 36}
 TEXT_KINDS = {"talk": 50, "conclusion": 50}
 NUM_BRANCHES = {"branches": 8, "turns": 6, "pair": 6, "triple": 6}  # 1 in all other kinds
 NUM_IMAGES = {"pair": 2, "triple": 3, "talk": 0, "conclusion": 0}  # one in all other kinds
-ROWS = {"talk": 3.0, "conclusion": 3.0, "pair": 0.75, "triple": 0.75}  # of those of a step: by what a row costs
+# Of the rows of a step: text costs little; of several images there is more to learn than of one.
+ROWS = {"branches": 0.75, "pair": 1.25, "triple": 1.0, "talk": 3.0, "conclusion": 3.0}
 IMAGES_LAST_SHARE = 0.3  # of batches of several images ask before the images, with one question then
 TWICE_SHARE, NEARLY_SHARE = 0.35, 0.2  # of pairs show the same twice, or nearly the same
 # Which guided head looks (see `guide`): an architecture says which of its layers has it.
