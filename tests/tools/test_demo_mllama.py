@@ -93,17 +93,22 @@ def test_two_small_steps_run_from_nothing_to_a_checkpoint(arch, tmp_path, monkey
         torch.testing.assert_close(weight, state["model"][name].bfloat16().float())
 
 
-def test_rows_between_images_take_along_what_is_asked_later(net):
-    """In the first layer the row of the first image looks at its first thing; an answer about it looks at that row."""
+def describe_one_of_two(net, image):
+    """Two drawn scenes, a batch of one conversation that describes one of them, and where its answer begins."""
     rng, writer = random.Random(1), net.writer()
     drawn = [pictures.make_picture(scenes.draw_scene(rng, num_things=(1, 2)), 160, 160, rng) for _ in range(2)]
     segment = writer.start(rng)
     writer.add_images(segment, [(1, 1), (1, 1)], rng)
     answered = len(segment.ids)
-    writer.answer(segment, questions.of_image(questions.describe(drawn[0].facts), 0))
-    batch = samples.collate([[segment]], [writer.group([picture]) for picture in drawn], writer.image_id)
+    writer.answer(segment, questions.of_image(questions.describe(drawn[image].facts), image))
+    return drawn, samples.collate([[segment]], [writer.group([one]) for one in drawn], writer.image_id), answered
+
+
+def test_rows_between_images_take_along_what_is_asked_later(net):
+    """In the first layer the row of the first image looks at its first thing; an answer about it looks at that row."""
+    drawn, batch, answered = describe_one_of_two(net, image=0)
     targets = guide.Guide(net.tokenizer).targets(batch)
-    image_row = segment.ids.index(writer.image_id)
+    image_row = batch.ids[0].tolist().index(net.writer().image_id)
     word = targets[samples.WORD_LAYER]
     seen = word.seen[word.columns.tolist().index(image_row)].nonzero().flatten()
     assert len(seen) and (batch.images[0].shown[0, seen] == 0).any(-1).all()
@@ -125,17 +130,12 @@ def test_rows_between_images_take_along_what_is_asked_later(net):
 
 
 def test_what_speaks_of_the_last_image_looks_at_no_row_that_kept_another(net):
-    rng, writer = random.Random(2), net.writer()
-    drawn = [pictures.make_picture(scenes.draw_scene(rng, num_things=(2, 2)), 160, 160, rng) for _ in range(2)]
-    segment = writer.start(rng)
-    writer.add_images(segment, [(1, 1), (1, 1)], rng)
-    writer.answer(segment, questions.of_image(questions.describe(drawn[1].facts), 1))
-    batch = samples.collate([[segment]], [writer.group([picture]) for picture in drawn], writer.image_id)
+    _, batch, answered = describe_one_of_two(net, image=1)
     targets = guide.Guide(net.tokenizer).targets(batch)
     assert set(targets[samples.CARRIED_NEXT_LAYER].seen.nonzero()[:, 1].tolist()) == {0}
     last = batch.images[0].labels.shape[1]
     words = targets[samples.WORD_LAYER]
-    is_answer = words.columns > segment.ids.index(writer.image_id, segment.ids.index(writer.image_id) + 1)
+    is_answer = words.columns >= answered
     assert is_answer.any() and (words.seen[is_answer].nonzero()[:, 1] >= last).all()
 
 

@@ -365,7 +365,7 @@ def test_a_name_that_things_of_several_images_have_looks_at_all_of_them(tokenize
     scene = scenes.Scene((scenes.Thing("small", "red", "star", 0),))
     writer, segment = samples.Writer(tokenizer), samples.Segment()
     writer.add_question(segment, dialogues.ask_many([scene] * 3, random.Random(0), kind="which_image")[0])
-    assert [look.shown for look in segment.looks] == [tuple((image, (0,)) for image in range(3))]
+    assert [look.shown for look in segment.looks] == [tuple((image, 0) for image in range(3))]
 
 
 def test_fresh_heads_of_the_tower_look_at_neighbours(small_model, monkeypatch):

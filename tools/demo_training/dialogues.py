@@ -139,8 +139,9 @@ def _which_image(all_facts: Sequence[Facts], rng: random.Random, held_out: bool)
             found.append(tuple(range(len(other.colours))) if name == "bar chart" and other is not None else ())
     full = questions.a(name)
     holders = [number for number, marks in enumerate(found) if marks]
-    first, *others = ((number, found[number]) for number in holders)
-    asked = fill(wording("which_image", rng, held_out), a_name=Seen(full, first[1], first[0], tuple(others)))
+    also = tuple((number, mark) for number in holders[1:] for mark in found[number])
+    named = Seen(full, found[holders[0]], holders[0], also)
+    asked = fill(wording("which_image", rng, held_out), a_name=named)
     places = [
         Seen((" the" if order == 0 else " and the") + f" {ORDINALS[number]}", found[number], number)
         for order, number in enumerate(holders)

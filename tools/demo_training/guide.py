@@ -82,8 +82,7 @@ class Guide:
         labels = np.concatenate([group.labels.numpy() for group in batch.images], 1)  # (rows, image tokens, fields)
         shown = [group.shown.numpy() for group in batch.images]
         firsts = np.cumsum([0, *(group.labels.shape[1] for group in batch.images)])
-        to_keep = [(row, at, *_kept_mark(look)) for row, at, look in batch.looks if look.layer == WORD_LAYER]
-        taken = {(row, image, mark): at for row, at, image, mark in to_keep}
+        taken = {(row, *look.shown[0]): at for row, at, look in batch.looks if look.layer == WORD_LAYER}
         # The image's own row is always one; where there are more, words stand between it and the next image. What
         # speaks only of images that are seen no more looks at the class token of the last one: it shows nothing, all
         # else would mislead. What speaks only of the last one looks at the first row of all, for the same reason.
@@ -92,8 +91,8 @@ class Guide:
 
         def in_image(row: int, at: int, look: Look) -> Sequence[int]:
             found = [
-                np.flatnonzero(np.isin(shown[image][row], marks).any(-1)) + firsts[image]
-                for image, marks in look.shown
+                np.flatnonzero((shown[image][row] == mark).any(-1)) + firsts[image]
+                for image, mark in look.shown
                 if (row, image) not in left or look.layer == WORD_LAYER
             ]
             return np.concatenate(found) if found else (firsts[-2],)
@@ -101,7 +100,7 @@ class Guide:
         def in_rows(row: int, at: int, look: Look) -> Sequence[int]:
             if row not in left_rows:
                 return ()
-            kept = [(row, image, mark) for image, marks in look.shown if (row, image) in left for mark in marks]
+            kept = [(row, image, mark) for image, mark in look.shown if (row, image) in left]
             return [taken[key] for key in kept if key in taken] if kept else (0,)
 
         def counterpart(row: int, at: int, look: Look) -> Sequence[int]:
@@ -121,9 +120,9 @@ class Guide:
         }
         rows, at = np.nonzero(self._field[batch.ids.numpy()] >= 0)
         ids = batch.ids.numpy()[rows, at]
-        words = rows, at, labels[rows, :, self._field[ids]] == self._value[ids][:, None]
-        words[2][np.isin(rows, list(left_rows)), : firsts[-2]] = False
-        both = zip(words, _looks(batch, WORD_LAYER, in_image, images.shape[1]), strict=True)
+        is_named = labels[rows, :, self._field[ids]] == self._value[ids][:, None]
+        is_named[np.isin(rows, list(left_rows)), : firsts[-2]] = False  # of images that are seen no more
+        both = zip((rows, at, is_named), _looks(batch, WORD_LAYER, in_image, images.shape[1]), strict=True)
         targets[WORD_LAYER] = _target(*(np.concatenate(parts) for parts in both), images)
         return {layer: target for layer, target in targets.items() if len(target.rows)}
 
@@ -132,7 +131,7 @@ class Guide:
         found = []
         for row, column, look in batch.looks:
             if look.layer == WORD_LAYER:
-                image, mark = _kept_mark(look)
+                image, mark = look.shown[0]
                 group = batch.images[image]
                 labels, shown = group.labels[row].numpy(), group.shown[row].numpy()
                 at = np.argwhere(shown == mark)
@@ -147,12 +146,6 @@ class Guide:
             return None
         rows, columns, values = (torch.from_numpy(np.array(column, np.int64)) for column in zip(*found, strict=True))
         return Kept(rows, columns, values)
-
-
-def _kept_mark(look: Look) -> tuple[int, int]:
-    """The image and the one mark in it that a row takes along."""
-    ((image, (mark,)),) = look.shown
-    return image, mark
 
 
 def _looks(

@@ -32,12 +32,12 @@ class Seen:
     text: str
     marks: tuple[int, ...]
     image: int = 0
-    also: tuple[tuple[int, tuple[int, ...]], ...] = ()  # (image, marks) each
+    also: tuple[tuple[int, int], ...] = ()  # (image, mark) each
 
     @property
-    def shown(self) -> tuple[tuple[int, tuple[int, ...]], ...]:
-        """All (image, marks) that there are."""
-        return tuple(entry for entry in ((self.image, self.marks), *self.also) if entry[1])
+    def shown(self) -> tuple[tuple[int, int], ...]:
+        """Every (image, mark) that the words speak of."""
+        return (*((self.image, mark) for mark in self.marks), *self.also)
 
 
 Said = tuple[str | Seen, ...]

@@ -43,12 +43,8 @@ class Look:
 
     slot: int
     layer: int
-    shown: tuple[tuple[int, tuple[int, ...]], ...]  # (image, marks) each
+    shown: tuple[tuple[int, int], ...]  # (image, mark) each; in WORD_LAYER the one that a row is to keep
     counterpart: int = 0  # in COMPARED_LAYER: the slot to look at
-
-
-def _look_to_keep(slot: int, image: int, mark: int) -> Look:
-    return Look(slot, WORD_LAYER, ((image, (mark,)),))
 
 
 @dataclass
@@ -142,7 +138,7 @@ class Writer:
             self.add(segment, lead.format(nth=ORDINALS[number], n=number + 1))
             if self.CARRIES and number:  # what these rows do not take along is lost: each takes one thing
                 slots = range(start, len(segment.ids))
-                segment.looks += [_look_to_keep(slot, number - 1, slot - start) for slot in slots]
+                segment.looks += [Look(slot, WORD_LAYER, ((number - 1, slot - start),)) for slot in slots]
             start = len(segment.ids)
             self.add_image(segment, grid)
         if len(grids) == 1 and not are_last:
