@@ -1,7 +1,8 @@
-"""Makes the embedded model: draws scenes, asks about them, trains a small model from nothing, writes its folder.
+r"""Makes the embedded model: draws scenes, asks about them, trains a small model from nothing, writes its folder.
 
-    python tools/train_demo.py --minutes 150 --processes 2                         # on two cores
-    python tools/train_demo.py --minutes 8 --device cuda --workers 7 --sight-rows 128 --rows 64 --more-views 64
+    python tools/train_demo.py --minutes 128 --processes 2                 # on two cores, in 2 hours and 20 minutes
+    python tools/train_demo.py --minutes 12 --device cuda --workers 13 \
+        --sight-rows 128 --rows 64 --more-views 64 --lr 1.5e-3
     python tools/train_demo.py --steps 5000     # the same weights again from the same seed, on the same machine
 
 First the tower alone learns to name what its tokens show, then everything learns to answer. The learning rate follows
@@ -315,11 +316,11 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--workers", type=int, default=0, help="processes that draw pictures ahead of time")
-    parser.add_argument("--sight-share", type=float, default=0.35, help="of the run: the tower alone, before any text")
+    parser.add_argument("--sight-share", type=float, default=0.25, help="of the run: the tower alone, before any text")
     parser.add_argument("--sight-rows", type=int, default=16, help="images of one such step")
     parser.add_argument("--sight-lr", type=float, default=3e-3, help="peak learning rate of sight")
     parser.add_argument("--rows", type=int, default=8, help="images of a step, with several questions each")
-    parser.add_argument("--more-views", type=int, default=24, help="images that are only named, in each such step")
+    parser.add_argument("--more-views", type=int, default=8, help="images that are only named, in each such step")
     parser.add_argument("--sight-weight", type=float, default=1.0, help="of naming tokens beside the answers' loss")
     parser.add_argument("--look-weight", type=float, default=0.5, help="of looking at what a word names")
     parser.add_argument("--lr", type=float, default=1e-3, help="peak learning rate of answers")

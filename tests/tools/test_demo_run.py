@@ -145,6 +145,8 @@ def test_the_rate_rises_then_falls_in_sight_and_again_in_answers(tokenizers, tmp
         run.clock.step = step
         return run.learning_rate()
 
-    assert rate(0) < rate(99) == pytest.approx(run.args.sight_lr, rel=0.01) and rate(3400) < 0.25 * run.args.sight_lr
-    run.answers_from = 3500
-    assert rate(3500) < rate(3600) == pytest.approx(run.args.lr, rel=0.01) and rate(9990) < 0.02 * run.args.lr
+    assert rate(0) < rate(99) == pytest.approx(run.args.sight_lr, rel=0.01)
+    switch = round(run.args.sight_share * run.clock.steps)
+    assert rate(switch - 100) < 0.25 * run.args.sight_lr
+    run.answers_from = switch
+    assert rate(switch) < rate(switch + 100) == pytest.approx(run.args.lr, rel=0.01) and rate(9990) < 0.02 * run.args.lr
