@@ -25,12 +25,12 @@ from pathlib import Path
 
 import torch
 from demo_training.evaluate import evaluate, table
-from demo_training.guide import Guide, kept_loss, look_loss
+from demo_training.guide import Guide, kept_loss, look_loss, match_loss
 from demo_training.lessons import Lesson, Teacher, in_order
 from demo_training.mllama import Mllama
 from demo_training.model import Architecture, answer_loss
 from demo_training.qwen2_vl import Qwen2VL
-from demo_training.samples import KEPT
+from demo_training.samples import KEPT, MATCHED
 from demo_training.sight import make_head, name_loss, name_shares
 from demo_training.team import Team
 from demo_training.tokenizer import LLAMA_CONTROL, QWEN_TOKENS, train_tokenizer
@@ -227,6 +227,12 @@ class Run:
                 total = total + args.look_weight * keeping
                 if told is not None:
                     told["keeping"] = keeping.detach()
+            matched = lesson.matched[idx]
+            if matched is not None:
+                matching, right = match_loss(matched, looks[MATCHED])
+                total = total + args.match_weight * matching
+                if told is not None:
+                    told |= right
             if told is not None:
                 told |= {f"look{layer}": share for layer, share in shares.items()} if idx == 0 else {}
                 told["others" if idx else "answers"] = answers.detach()
@@ -323,6 +329,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--more-views", type=int, default=8, help="images that are only named, in each such step")
     parser.add_argument("--sight-weight", type=float, default=1.0, help="of naming tokens beside the answers' loss")
     parser.add_argument("--look-weight", type=float, default=0.5, help="of looking at what a word names")
+    parser.add_argument("--match-weight", type=float, default=2.0, help="of telling which words of two texts differ")
     parser.add_argument("--lr", type=float, default=1e-3, help="peak learning rate of answers")
     parser.add_argument("--processes", type=int, default=1, help="that train together, on a CPU: one for each core")
     parser.add_argument("--threads", type=int, default=1, help="of each process")

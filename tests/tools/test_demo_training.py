@@ -461,3 +461,19 @@ def test_two_descriptions_are_compared_word_by_word(tokenizer):
         for column, seen in zip(target.columns.tolist(), target.seen, strict=True)
     }
     assert words[" Second"] == "First" and words[" blue"] == " red" and words[" star"] == " star"
+    matched = guide.Guide(tokenizer).matched(batch)
+    differing = [segment.ids[column] for column in matched.columns[matched.differs == 1].tolist()]
+    assert tokenizer.decode(differing) == " blue"  # not the heading, which always differs
+    assert len(matched.rows) > 5
+
+
+@pytest.mark.parametrize("wrong", ["differing", "equal"])
+def test_a_word_tells_by_its_first_number_whether_it_differs(wrong):
+    matched = guide.Matched(torch.zeros(4, dtype=int), torch.arange(4), torch.tensor([1.0, 0, 0, 0]))
+    states = torch.randn(1, 4, 32)
+    states[0, :, 0] = torch.tensor([3.0, -3, -3, -3])
+    loss, shares = guide.match_loss(matched, states)
+    assert shares == {"differing": 1, "equal": 1} and loss < 0.01
+    states[0, 0 if wrong == "differing" else 1, 0] *= -1
+    worse, shares = guide.match_loss(matched, states)
+    assert worse > 1 and shares[wrong] < 1

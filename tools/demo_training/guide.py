@@ -5,10 +5,11 @@ of three layers is held to look: in the first layer from a word (" red", " star"
 second from the last token of a name in a question ("large red star") at what the whole name fits, in the third, before
 each token of an answer that speaks of something, at that thing. The loss of the answers does the rest.
 
-Two things more are guided. mllama's text sees an image only up to the next one: each row between them takes one thing
+Two things more are taught. mllama's text sees an image only up to the next one: each row between them takes one thing
 along in the first layer, after which it must tell that thing as the image's own tokens do; and what speaks of that
 thing later looks at this row, in self-attention. Where two images are compared, each token of the second description
-looks at its counterpart in the first: without it, whether they are the same stayed a guess.
+looks at its counterpart in the first, and then tells whether it differs: without the one, whether the images are the
+same stayed a guess, without the other one differing word went unnoticed.
 """
 
 from collections.abc import Callable, Sequence
@@ -21,7 +22,7 @@ from tokenizers import Tokenizer
 from torch import Tensor
 
 from .labels import FIELD_IDX, FIELDS, IGNORED
-from .questions import plural
+from .questions import heading, plural
 from .samples import (
     CARRIED_NAME_LAYER,
     CARRIED_NEXT_LAYER,
@@ -36,6 +37,7 @@ from .scenes import COLOURS, PLACES, SHAPES, SIZES
 from .sight import field_surprises
 from .views import OnDevice
 
+MATCH_SCALE, DIFFERING_WEIGHT = 4.0, 3.0  # a normed number is about 1; a token that differs weighs more, being rarer
 KEPT_FIELDS = np.array([name in ("colour", "shape", "size", "place", "order", "glyph", "rank") for name in FIELDS])
 
 
@@ -58,6 +60,15 @@ class Kept(OnDevice):
     labels: Tensor  # int64 (kept rows, fields)
 
 
+@dataclass(frozen=True)
+class Matched(OnDevice):
+    """Tokens of second descriptions (by row and column), and whether each differs from its counterpart in the first."""
+
+    rows: Tensor
+    columns: Tensor
+    differs: Tensor  # float32: 1 or 0
+
+
 class Guide:
     """Knows which token ids are words that name things."""
 
@@ -74,9 +85,16 @@ class Guide:
             ids = tokenizer.encode(f" {word}").ids
             if len(ids) == 1:
                 self._field[ids[0]], self._value[ids[0]] = FIELD_IDX["place"], value
+        self._heading = tokenizer.encode(heading(1)).ids
 
     def targets(self, batch: Batch) -> dict[int, Target]:
         """For each guided layer, what is to be looked at in this batch (layers without a target are left out)."""
+        columns = np.broadcast_to(np.arange(batch.ids.shape[1]), batch.ids.shape)
+        compared = _looks(batch, COMPARED_LAYER, lambda _, at, look: (_counterpart(at, look),), columns.shape[1])
+        targets = {COMPARED_LAYER: _target(*compared, columns)} | self._targets_of_images(batch, columns)
+        return {layer: target for layer, target in targets.items() if len(target.rows)}
+
+    def _targets_of_images(self, batch: Batch, columns: np.ndarray) -> dict[int, Target]:
         if not batch.images:
             return {}
         labels = np.concatenate([group.labels.numpy() for group in batch.images], 1)  # (rows, image tokens, fields)
@@ -103,11 +121,7 @@ class Guide:
             kept = [(row, image, mark) for image, mark in look.shown if (row, image) in left]
             return [taken[key] for key in kept if key in taken] if kept else (0,)
 
-        def counterpart(row: int, at: int, look: Look) -> Sequence[int]:
-            return (at - look.slot + look.counterpart,)
-
         images = batch.stands_at.numpy()
-        columns = np.broadcast_to(np.arange(batch.ids.shape[1]), batch.ids.shape)
         targets = {
             layer: _target(*_looks(batch, source, show, stands_at.shape[1]), stands_at)
             for layer, source, show, stands_at in (
@@ -115,7 +129,6 @@ class Guide:
                 (NEXT_LAYER, NEXT_LAYER, in_image, images),
                 (CARRIED_NAME_LAYER, NAME_LAYER, in_rows, columns),
                 (CARRIED_NEXT_LAYER, NEXT_LAYER, in_rows, columns),
-                (COMPARED_LAYER, COMPARED_LAYER, counterpart, columns),
             )
         }
         rows, at = np.nonzero(self._field[batch.ids.numpy()] >= 0)
@@ -124,7 +137,7 @@ class Guide:
         is_named[np.isin(rows, list(left_rows)), : firsts[-2]] = False  # of images that are seen no more
         both = zip((rows, at, is_named), _looks(batch, WORD_LAYER, in_image, images.shape[1]), strict=True)
         targets[WORD_LAYER] = _target(*(np.concatenate(parts) for parts in both), images)
-        return {layer: target for layer, target in targets.items() if len(target.rows)}
+        return targets
 
     def kept(self, batch: Batch) -> Kept | None:
         """What rows between images should keep; None where there are no such rows."""
@@ -146,6 +159,24 @@ class Guide:
             return None
         rows, columns, values = (torch.from_numpy(np.array(column, np.int64)) for column in zip(*found, strict=True))
         return Kept(rows, columns, values)
+
+    def matched(self, batch: Batch) -> Matched | None:
+        """Which tokens of a second description differ from the first (its heading always does); None without any."""
+        ids = batch.ids.numpy()
+        found = [
+            (row, at, ids[row, at] != ids[row, _counterpart(at, look)])
+            for row, at, look in batch.looks
+            if look.layer == COMPARED_LAYER and ids[row, at] not in self._heading
+        ]
+        if not found:
+            return None
+        rows, columns, differs = (torch.from_numpy(np.array(column)) for column in zip(*found, strict=True))
+        return Matched(rows, columns, differs.float())
+
+
+def _counterpart(at: int, look: Look) -> int:
+    """The column at which a token in this column looks."""
+    return at - look.slot + look.counterpart
 
 
 def _looks(
@@ -170,6 +201,18 @@ def kept_loss(head: torch.nn.Linear, kept: Kept, states: Tensor) -> Tensor:
     """Mean surprise of `head` (the tower's own: it learns nothing here) at what rows keep in (rows, length, hidden)."""
     logits = F.linear(states[kept.rows, kept.columns], head.weight.detach(), head.bias.detach()).float()
     return field_surprises(logits, kept.labels).sum() / (kept.labels != IGNORED).sum()
+
+
+def match_loss(matched: Matched, states: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """Mean surprise at which tokens differ, as the first number of their normed states (rows, length, hidden) tells it,
+    and the shares that are right of those that differ and of those that do not."""
+    states = states[matched.rows, matched.columns].float()
+    logits = MATCH_SCALE * F.rms_norm(states, states.shape[-1:])[:, 0]
+    weight = 1 + (DIFFERING_WEIGHT - 1) * matched.differs
+    loss = F.binary_cross_entropy_with_logits(logits, matched.differs, weight)
+    is_right = (logits > 0) == (matched.differs > 0)
+    shares = {"differing": matched.differs, "equal": 1 - matched.differs}
+    return loss, {name: (is_right * those).sum() / those.sum() for name, those in shares.items()}
 
 
 def look_loss(targets: dict[int, Target], looks: dict[int, Tensor]) -> tuple[Tensor, dict[int, Tensor]]:

@@ -30,7 +30,7 @@ from .model import (
 )
 from .pictures import Picture, resized
 from .qwen2_vl import CONTEXT_LEN
-from .samples import CARRIED_NAME_LAYER, CARRIED_NEXT_LAYER, COMPARED_LAYER, KEPT, Batch, Writer
+from .samples import CARRIED_NAME_LAYER, CARRIED_NEXT_LAYER, COMPARED_LAYER, KEPT, MATCHED, Batch, Writer
 from .tokenizer import LLAMA_SYSTEM, save_llama_tokenizer
 from .views import PATCH, ImageGroup, image_group, make_group
 
@@ -314,6 +314,8 @@ class Mllama:
                 looks[COMPARED_LAYER] = look[:, 1]
             x = x + attn.o_proj(mixed.transpose(1, 2).reshape(rows, length, -1))
             x = x + layer.mlp(layer.post_attention_layernorm(x))
+            if looks is not None and layer_idx == COMPARING_LAYER:
+                looks[MATCHED] = x
         return text.norm(x)
 
     def export(self, folder: Path) -> None:

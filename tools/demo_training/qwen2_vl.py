@@ -11,7 +11,7 @@ from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
 from .model import NEIGHBOURS, attend, attention_mask, half, initialize, pixel_scale, rotate, write_checkpoint
 from .pictures import MAX_PIXELS, MIN_PIXELS
-from .samples import COMPARED_LAYER, Batch, Writer
+from .samples import COMPARED_LAYER, MATCHED, Batch, Writer
 from .tokenizer import save_tokenizer
 from .views import MERGE, PATCH, ImageGroup
 
@@ -151,6 +151,8 @@ class Qwen2VL:
                 looks[COMPARED_LAYER] = look[:, 1]
             x = x + attn.o_proj(mixed.transpose(1, 2).reshape(rows, length, -1))
             x = x + layer.mlp(layer.post_attention_layernorm(x))
+            if looks is not None and layer_idx == COMPARING_LAYER:
+                looks[MATCHED] = x
         return text.norm(x)
 
     def export(self, folder: Path) -> None:

@@ -33,7 +33,8 @@ TWICE_SHARE, NEARLY_SHARE = 0.35, 0.2  # of pairs show the same twice, or nearly
 WORD_LAYER, NAME_LAYER, NEXT_LAYER = 0, 1, 2  # at image tokens
 CARRIED_NAME_LAYER, CARRIED_NEXT_LAYER = 3, 4  # the same of images that are seen no more, at the rows that kept them
 COMPARED_LAYER = 5  # a token of the second description, at its counterpart in the first
-KEPT = 6  # beside these: what each row holds once it has seen its image
+# beside these, what each row holds: KEPT once it has seen its image, MATCHED once it has looked at its counterpart
+KEPT, MATCHED = 6, 7
 CONCLUSION_WEIGHT = 3.0  # beside the other words. Nothing that ends a list may weigh more: lists would end early
 
 
