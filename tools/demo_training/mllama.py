@@ -25,7 +25,7 @@ from .model import (
     hidden_where,
     initialize,
     pixel_scale,
-    rotate,
+    self_layer,
     write_checkpoint,
 )
 from .pictures import Picture, resized
@@ -284,38 +284,27 @@ class Mllama:
             cross_mask = half(hidden_where(~seen & any_seen)).unsqueeze(1)
 
         for layer_idx, layer in enumerate(text.layers):
-            attn = layer.cross_attn if layer_idx in CROSS_LAYERS else layer.self_attn
-            normed = layer.input_layernorm(x)
-            query = attn.q_proj(normed).view(rows, length, -1, attn.head_dim).transpose(1, 2)
-            if layer_idx in CROSS_LAYERS:
-                if not views:
-                    continue
+            if layer_idx not in CROSS_LAYERS:
+                x, look = self_layer(layer, x, cos, sin, mask)
+                if looks is not None and layer_idx in CARRIED_LAYERS:
+                    looks[CARRIED_LAYERS[layer_idx]] = look[:, 0]
+                if looks is not None and layer_idx == COMPARING_LAYER:
+                    looks[COMPARED_LAYER], looks[MATCHED] = look[:, 1], x
+            elif views:
+                attn = layer.cross_attn
+                query = attn.q_proj(layer.input_layernorm(x)).view(rows, length, -1, attn.head_dim).transpose(1, 2)
                 key, value = (
                     proj(features).view(rows, features.shape[1], -1, attn.head_dim).transpose(1, 2)
                     for proj in (attn.k_proj, attn.v_proj)
                 )
                 mixed, look = attend(attn.q_norm(query), attn.k_norm(key).to(query.dtype), value, cross_mask)
-                if looks is not None:
-                    looks[CROSS_LAYERS.index(layer_idx)] = look[:, 0]
                 mixed = attn.o_proj(mixed.transpose(1, 2).reshape(rows, length, -1))
                 x = x + layer.cross_attn_attn_gate.tanh() * mixed * any_seen
                 x = x + layer.cross_attn_mlp_gate.tanh() * layer.mlp(layer.post_attention_layernorm(x)) * any_seen
+                if looks is not None:
+                    looks[CROSS_LAYERS.index(layer_idx)] = look[:, 0]
                 if looks is not None and layer_idx == CROSS_LAYERS[0]:
                     looks[KEPT] = x
-                continue
-            key, value = (
-                proj(normed).view(rows, length, -1, attn.head_dim).transpose(1, 2)
-                for proj in (attn.k_proj, attn.v_proj)
-            )
-            mixed, look = attend(rotate(query, cos, sin), rotate(key, cos, sin), value, mask)
-            if looks is not None and layer_idx in CARRIED_LAYERS:
-                looks[CARRIED_LAYERS[layer_idx]] = look[:, 0]
-            if looks is not None and layer_idx == COMPARING_LAYER:
-                looks[COMPARED_LAYER] = look[:, 1]
-            x = x + attn.o_proj(mixed.transpose(1, 2).reshape(rows, length, -1))
-            x = x + layer.mlp(layer.post_attention_layernorm(x))
-            if looks is not None and layer_idx == COMPARING_LAYER:
-                looks[MATCHED] = x
         return text.norm(x)
 
     def export(self, folder: Path) -> None:

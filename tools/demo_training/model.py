@@ -68,6 +68,19 @@ def attend(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None = None
     return mixed, look.view(rows, heads, length, -1)
 
 
+def self_layer(layer: torch.nn.Module, x: Tensor, cos: Tensor, sin: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    """One layer of a text model for (rows, length, hidden), and its attention (rows, heads, length, length)."""
+    attn = layer.self_attn
+    normed = layer.input_layernorm(x)
+    query, key, value = (
+        proj(normed).view(*x.shape[:2], -1, attn.head_dim).transpose(1, 2)
+        for proj in (attn.q_proj, attn.k_proj, attn.v_proj)
+    )
+    mixed, look = attend(rotate(query, cos, sin), rotate(key, cos, sin), value, mask)
+    x = x + attn.o_proj(mixed.transpose(1, 2).reshape(*x.shape[:2], -1))
+    return x + layer.mlp(layer.post_attention_layernorm(x)), look
+
+
 def half(table: Tensor) -> Tensor:
     return table.to(torch.bfloat16) if torch.is_autocast_enabled(table.device.type) else table
 

@@ -9,7 +9,17 @@ from tokenizers import Tokenizer
 from torch import Tensor
 from transformers import Qwen2VLConfig, Qwen2VLForConditionalGeneration
 
-from .model import NEIGHBOURS, attend, attention_mask, half, initialize, pixel_scale, rotate, write_checkpoint
+from .model import (
+    NEIGHBOURS,
+    attend,
+    attention_mask,
+    half,
+    initialize,
+    pixel_scale,
+    rotate,
+    self_layer,
+    write_checkpoint,
+)
 from .pictures import MAX_PIXELS, MIN_PIXELS
 from .samples import COMPARED_LAYER, MATCHED, Batch, Writer
 from .tokenizer import save_tokenizer
@@ -138,21 +148,11 @@ class Qwen2VL:
         cos, sin = (half(table).unsqueeze(1) for table in text.rotary_emb(x, batch.positions))
         mask = attention_mask(batch.branches)
         for layer_idx, layer in enumerate(text.layers):
-            attn = layer.self_attn
-            normed = layer.input_layernorm(x)
-            query, key, value = (
-                proj(normed).view(rows, length, -1, attn.head_dim).transpose(1, 2)
-                for proj in (attn.q_proj, attn.k_proj, attn.v_proj)
-            )
-            mixed, look = attend(rotate(query, cos, sin), rotate(key, cos, sin), value, mask)
+            x, look = self_layer(layer, x, cos, sin, mask)
             if looks is not None and views:
                 looks[layer_idx] = look[:, 0].gather(2, stands_at[:, None].expand(-1, length, -1))
             if looks is not None and layer_idx == COMPARING_LAYER:
-                looks[COMPARED_LAYER] = look[:, 1]
-            x = x + attn.o_proj(mixed.transpose(1, 2).reshape(rows, length, -1))
-            x = x + layer.mlp(layer.post_attention_layernorm(x))
-            if looks is not None and layer_idx == COMPARING_LAYER:
-                looks[MATCHED] = x
+                looks[COMPARED_LAYER], looks[MATCHED] = look[:, 1], x
         return text.norm(x)
 
     def export(self, folder: Path) -> None:
