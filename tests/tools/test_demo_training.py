@@ -467,6 +467,13 @@ def test_two_descriptions_are_compared_word_by_word(tokenizer):
     assert len(matched.rows) > 5
 
 
+def test_two_given_texts_are_compared_without_images(tokenizer):
+    batch = samples.make_batch(samples.Writer(tokenizer), "conclusion", "0", 0, num_rows=8)
+    teaching = guide.Guide(tokenizer)
+    assert set(teaching.targets(batch)) == {samples.COMPARED_LAYER}
+    assert 0 < teaching.matched(batch).differs.mean() < 0.5  # more words are equal
+
+
 @pytest.mark.parametrize("wrong", ["differing", "equal"])
 def test_a_word_tells_by_its_first_number_whether_it_differs(wrong):
     matched = guide.Matched(torch.zeros(4, dtype=int), torch.arange(4), torch.tensor([1.0, 0, 0, 0]))
