@@ -215,19 +215,18 @@ class Run:
         if told is not None:
             told |= name_shares(named[-1][1].detach(), groups[-1])
             told["naming"] = naming.detach()
-        for idx, (batch, targets) in enumerate(zip(lesson.batches, lesson.targets, strict=True)):
+        taught = zip(lesson.batches, lesson.targets, lesson.kept, lesson.matched, strict=True)
+        for idx, (batch, targets, kept, matched) in enumerate(taught):
             looks: dict[int, Tensor] = {}
             answers = answer_loss(self.net, batch, views[: len(batch.images)], looks)
             views = views[len(batch.images) :]
             guided, shares = look_loss(targets, looks)
             total = total + answers + args.look_weight * guided
-            kept = lesson.kept[idx]
             if kept is not None:
                 keeping = kept_loss(self.head, kept, looks[KEPT])
                 total = total + args.look_weight * keeping
                 if told is not None:
                     told["keeping"] = keeping.detach()
-            matched = lesson.matched[idx]
             if matched is not None:
                 matching, right = match_loss(matched, looks[MATCHED])
                 total = total + args.match_weight * matching
