@@ -215,20 +215,19 @@ class Run:
         if told is not None:
             told |= name_shares(named[-1][1].detach(), groups[-1])
             told["naming"] = naming.detach()
-        taught = zip(lesson.batches, lesson.targets, lesson.kept, lesson.matched, strict=True)
-        for idx, (batch, targets, kept, matched) in enumerate(taught):
+        for idx, (batch, guidance) in enumerate(zip(lesson.batches, lesson.guidance, strict=True)):
             looks: dict[int, Tensor] = {}
             answers = answer_loss(self.net, batch, views[: len(batch.images)], looks)
             views = views[len(batch.images) :]
-            guided, shares = look_loss(targets, looks)
+            guided, shares = look_loss(guidance.targets, looks)
             total = total + answers + args.look_weight * guided
-            if kept is not None:
-                keeping = kept_loss(self.head, kept, looks[KEPT])
+            if guidance.kept is not None:
+                keeping = kept_loss(self.head, guidance.kept, looks[KEPT])
                 total = total + args.look_weight * keeping
                 if told is not None:
                     told["keeping"] = keeping.detach()
-            if matched is not None:
-                matching, right = match_loss(matched, looks[MATCHED])
+            if guidance.matched is not None:
+                matching, right = match_loss(guidance.matched, looks[MATCHED])
                 total = total + args.match_weight * matching
                 if told is not None:
                     told |= right

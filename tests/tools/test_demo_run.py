@@ -77,7 +77,7 @@ def test_workers_make_the_lessons_that_are_made_without_them(arch, tokenizers):
     made = in_order(lambda step: teacher.answers(2, 2, 0, step), first, num_workers=2, pin_memory=False)
     for step, lesson in zip(range(first, first + 3), made, strict=False):
         right = teacher.answers(2, 2, 0, step)
-        assert len(lesson.batches) == 3 and lesson.targets[0].keys() == right.targets[0].keys()
+        assert len(lesson.batches) == 3 and lesson.guidance[0].targets.keys() == right.guidance[0].targets.keys()
         pairs = list(zip(tensors_of(lesson), tensors_of(right), strict=True))
         assert len(pairs) > 20 and all(torch.equal(one, other) for one, other in pairs)
 

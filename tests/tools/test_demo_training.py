@@ -306,6 +306,18 @@ def test_a_question_has_one_right_answer():
             assert answers.setdefault(question, answer) == answer
 
 
+def test_hard_kinds_are_taught_more_often_than_they_are_asked_of_held_out_cases():
+    rng = random.Random(12)
+    chart = charts.Chart(("red", "blue", "pink"), (1, 4, 2))
+
+    def share(start, held_out):
+        told = [questions.plain(questions.ask_any(chart, rng, held_out)[1]) for _ in range(1000)]
+        return sum(answer.startswith(start) for answer in told) / len(told)
+
+    start = "Number of bars"
+    assert share(start, held_out=False) > 1.4 * share(start, held_out=True)
+
+
 def test_no_held_out_word_stands_on_a_page():
     rng = random.Random(4)
     lines = [printed.text for _ in range(300) for printed, _ in prints.lay_out_page(240, 160, rng)]
@@ -428,7 +440,9 @@ def test_the_guide_looks_from_words_at_what_they_speak_of(tokenizer):
     picture = pictures.Picture(scenes.Scene(things), pictures.Image.new("RGB", (4 * unit, 4 * unit)), tuple(marks))
     writer, segment = samples.Writer(tokenizer), samples.Segment()
     writer.add_image(segment, (4, 4))
-    writer.add_question(segment, questions.fill("Where is the {name}?", name=questions.Seen("blue star", (1,))))
+    asked = "Where is the {name}? Not the {other}."
+    names = {"name": questions.Seen("blue star", (1,)), "other": questions.Seen("red ring", ())}
+    writer.add_question(segment, questions.fill(asked, **names))
     writer.answer(segment, ("The blue star is", questions.Seen(" at the bottom right", (1,)), "."))
     batch = samples.collate([[segment]], [views.image_group([picture])], writer.image_id)
     targets = guide.Guide(tokenizer).targets(batch)
@@ -443,6 +457,8 @@ def test_the_guide_looks_from_words_at_what_they_speak_of(tokenizer):
     assert seen(guide.WORD_LAYER, "star") & {0, 1, 4, 5} and seen(guide.WORD_LAYER, "star") & blue_tokens
     assert seen(guide.NAME_LAYER, "star") and seen(guide.NAME_LAYER, "star") <= blue_tokens
     assert seen(guide.NEXT_LAYER, "at") and seen(guide.NEXT_LAYER, "at") <= blue_tokens
+    bare_tokens = {2, 3, 6, 7, 8, 9, 12, 13}  # where a name fits nothing, and where an answer has said it all
+    assert seen(guide.NAME_LAYER, "ring") == seen(guide.NEXT_LAYER, "right") == bare_tokens
 
 
 def test_two_descriptions_are_compared_word_by_word(tokenizer):

@@ -3,7 +3,8 @@
 Left alone, the model finds things by place within minutes, and by shape or colour not within an hour. So the first head
 of three layers is held to look: in the first layer from a word (" red", " star") at all that it is true of, in the
 second from the last token of a name in a question ("large red star") at what the whole name fits, in the third, before
-each token of an answer that speaks of something, at that thing. The loss of the answers does the rest.
+each token of an answer that speaks of something, at that thing; at the bare ground where a name fits nothing and where
+a list ends, or it would end early or go on. The loss of the answers does the rest.
 
 Two things more are taught. mllama's text sees an image only up to the next one: each row between them takes one thing
 along in the first layer, after which it must tell that thing as the image's own tokens do; and what speaks of that
@@ -69,6 +70,15 @@ class Matched(OnDevice):
     differs: Tensor  # float32: 1 or 0
 
 
+@dataclass(frozen=True)
+class Guidance(OnDevice):
+    """All that a batch is taught beside its answers."""
+
+    targets: dict[int, Target]  # of each guided layer
+    kept: Kept | None
+    matched: Matched | None
+
+
 class Guide:
     """Knows which token ids are words that name things."""
 
@@ -87,6 +97,9 @@ class Guide:
                 self._field[ids[0]], self._value[ids[0]] = FIELD_IDX["place"], value
         self._heading = tokenizer.encode(heading(1)).ids
 
+    def guidance(self, batch: Batch) -> Guidance:
+        return Guidance(self.targets(batch), self.kept(batch), self.matched(batch))
+
     def targets(self, batch: Batch) -> dict[int, Target]:
         """For each guided layer, what is to be looked at in this batch (layers without a target are left out)."""
         columns = np.broadcast_to(np.arange(batch.ids.shape[1]), batch.ids.shape)
@@ -102,10 +115,12 @@ class Guide:
         firsts = np.cumsum([0, *(group.labels.shape[1] for group in batch.images)])
         taken = {(row, *look.shown[0]): at for row, at, look in batch.looks if look.layer == WORD_LAYER}
         # The image's own row is always one; where there are more, words stand between it and the next image. What
-        # speaks only of images that are seen no more looks at the class token of the last one: it shows nothing, all
-        # else would mislead. What speaks only of the last one looks at the first row of all, for the same reason.
+        # speaks only of images that are seen no more looks at bare ground: all else would mislead. What speaks only of
+        # the last one looks at the first row of all, for the same reason.
         left = {(row, image) for row, image, mark in taken if mark > 0}
         left_rows = {row for row, _ in left}
+
+        is_bare = np.concatenate([(marks < 0).all(-1) for marks in shown], 1)  # (rows, image tokens)
 
         def in_image(row: int, at: int, look: Look) -> Sequence[int]:
             found = [
@@ -113,7 +128,7 @@ class Guide:
                 for image, mark in look.shown
                 if (row, image) not in left or look.layer == WORD_LAYER
             ]
-            return np.concatenate(found) if found else (firsts[-2],)
+            return np.concatenate(found) if found else np.flatnonzero(is_bare[row])
 
         def in_rows(row: int, at: int, look: Look) -> Sequence[int]:
             if row not in left_rows:

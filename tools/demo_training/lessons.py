@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 
 from torch.utils.data import DataLoader, Dataset
 
-from .guide import Guide, Kept, Matched, Target
+from .guide import Guidance, Guide
 from .samples import OTHER_KINDS, TEXT_KINDS, Batch, Writer, make_batch
 from .sight import make_views
 from .views import ImageGroup, OnDevice
@@ -19,9 +19,7 @@ class Lesson(OnDevice):
     """Conversations with what they should look at, and pictures of which only the tokens are named."""
 
     batches: list[Batch]
-    targets: list[dict[int, Target]]  # of each batch
-    kept: list[Kept | None]  # of each batch
-    matched: list[Matched | None]  # of each batch
+    guidance: list[Guidance]  # of each batch
     views: list[ImageGroup]
 
 
@@ -40,7 +38,7 @@ class Teacher:
         return f"{self.seed}.{self.part}" if self.part else str(self.seed)
 
     def sight(self, num_views: int, step: int) -> Lesson:
-        return Lesson([], [], [], [], [make_views(self.writer, self._own_seed, step, num_views)])
+        return Lesson([], [], [make_views(self.writer, self._own_seed, step, num_views)])
 
     def answers(self, num_rows: int, num_views: int, first_step: int, step: int) -> Lesson:
         """A batch of images with several questions each; after the first steps two more, one of them without images."""
@@ -50,12 +48,10 @@ class Teacher:
             for shares in (OTHER_KINDS, TEXT_KINDS):
                 kinds += rng.choices(tuple(shares), tuple(shares.values()))
         batches = [make_batch(self.writer, kind, self._own_seed, step, num_rows) for kind in kinds]
-        targets = [self.guide.targets(batch) for batch in batches]
+        guidance = [self.guide.guidance(batch) for batch in batches]
         views = [make_views(self.writer, self._own_seed, step, num_views)] if num_views else []
-        # looks are thousands of small objects, and the targets hold all that they tell
-        kept = [self.guide.kept(batch) for batch in batches]
-        matched = [self.guide.matched(batch) for batch in batches]
-        return Lesson([replace(batch, looks=[]) for batch in batches], targets, kept, matched, views)
+        # looks are thousands of small objects, and the guidance holds all that they tell
+        return Lesson([replace(batch, looks=[]) for batch in batches], guidance, views)
 
 
 class _Steps(Dataset):

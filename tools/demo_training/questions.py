@@ -222,7 +222,7 @@ def _count(facts: Facts, rng: random.Random, held_out: bool) -> Asked:
         name, words = "bar", list(facts.colours)
     else:
         things = facts.things if isinstance(facts, Scene) else ()
-        thing = rng.choice(things) if things and rng.random() < 0.8 else random_thing(rng)
+        thing = rng.choice(things) if things and rng.random() < (0.8 if held_out else 0.7) else random_thing(rng)
         name = rng.choice(
             ("shape", "shape", f"{thing.colour} shape", f"{thing.colour} shape", thing.shape, thing.shape,
              f"{thing.size} shape", f"{thing.colour} {thing.shape}")
@@ -278,6 +278,7 @@ SCENE_KINDS = {"describe": 4, "what_at": 4, "colour": 8, "shape": 3, "size": 3, 
                "relation": 7, "read": 1, "tallest": 1, "outside": 1}  # fmt: skip
 PRINT_KINDS = {"describe": 4, "read": 8, "ink": 3, "sort": 2, "count": 1, "exists": 1, "outside": 1}
 CHART_KINDS = {"describe": 4, "tallest": 5, "nth_bar": 5, "taller": 3, "count": 3, "exists": 2, "read": 1, "outside": 1}
+TAUGHT_MORE = {"count": 2, "taller": 2}  # the hardest to learn: so many times as often in training
 OTHER_KINDS = {
     "describe": 8,
     "what_at": 1,
@@ -334,7 +335,8 @@ def ask(kind: str, facts: Facts, rng: random.Random, held_out: bool = False) -> 
 def ask_any(facts: Facts, rng: random.Random, held_out: bool = False) -> Asked:
     """A question of a random kind, sometimes carelessly typed, and its right answer."""
     kinds = kinds_of(facts)
-    question, answer = ask(rng.choices(tuple(kinds), tuple(kinds.values()))[0], facts, rng, held_out)
+    shares = [n * (1 if held_out else TAUGHT_MORE.get(kind, 1)) for kind, n in kinds.items()]
+    question, answer = ask(rng.choices(tuple(kinds), shares)[0], facts, rng, held_out)
     return hurried(question, rng), answer
 
 

@@ -25,8 +25,8 @@ OTHER_KINDS = {"image_last": 8, "turns": 10, "pair": 46, "triple": 36}
 TEXT_KINDS = {"talk": 50, "conclusion": 50}
 NUM_BRANCHES = {"branches": 8, "turns": 6, "pair": 6, "triple": 6}  # 1 in all other kinds
 NUM_IMAGES = {"pair": 2, "triple": 3, "talk": 0, "conclusion": 0}  # one in all other kinds
-# Of the rows of a step: text costs little; of several images there is more to learn than of one.
-ROWS = {"branches": 0.75, "pair": 1.25, "triple": 1.0, "talk": 3.0, "conclusion": 3.0}
+# Of the rows of a step: text costs little.
+ROWS = {"triple": 0.875, "talk": 3.0, "conclusion": 3.0}
 IMAGES_LAST_SHARE = 0.3  # of batches of several images ask before the images, with one question then
 TWICE_SHARE, NEARLY_SHARE = 0.35, 0.2  # of pairs show the same twice, or nearly the same
 # Which guided head looks (see `guide`): an architecture says which of its layers has it.
@@ -44,7 +44,7 @@ class Look:
 
     slot: int
     layer: int
-    shown: tuple[tuple[int, int], ...]  # (image, mark) each; in WORD_LAYER the one that a row is to keep
+    shown: tuple[tuple[int, int], ...]  # (image, mark) each (in WORD_LAYER what a row is to keep); none: at bare ground
     counterpart: int = 0  # in COMPARED_LAYER: the slot to look at
 
 
@@ -116,10 +116,10 @@ class Writer:
         segment.learned += [0.0] * len(ids)
 
     def add_question(self, segment: Segment, said: Said) -> None:
-        """Words that are Seen look, at their last token, at what they speak of."""
+        """Words that are Seen look, at their last token, at what they speak of, which may be nothing."""
         for part in said:
             self.add(segment, part if isinstance(part, str) else part.text)
-            if isinstance(part, Seen) and part.shown:
+            if isinstance(part, Seen):
                 segment.looks.append(Look(len(segment.ids) - 1, NAME_LAYER, part.shown))
 
     def add_image(self, segment: Segment, grid: tuple[int, int]) -> None:
@@ -146,8 +146,9 @@ class Writer:
             self.add(segment, self.after_image(rng))
 
     def answer(self, segment: Segment, said: Said, is_given: bool = False) -> None:
-        """Ends the user's message and gives the answer; before each token that is Seen the model looks at it. Where the
-        answer `is_given` only its conclusion is learned."""
+        """Ends the user's message and gives the answer; before each token that is Seen the model looks at it, and where
+        something could have been Seen, but is not, at nothing. Where the answer `is_given` only its conclusion is
+        learned."""
         self.add(segment, f"{self.END}{self.AFTER_END}{self.HEADER.format('assistant')}")
         start = len(segment.ids)
         begins: dict[str, int] = {}
@@ -158,6 +159,8 @@ class Writer:
             if isinstance(part, Seen) and part.shown:
                 slots = range(first - 1, len(segment.ids) - 1)
                 segment.looks += [Look(slot, NEXT_LAYER, part.shown) for slot in slots]
+            elif first > start or len(said) == 1:  # not how an answer of several parts begins
+                segment.looks.append(Look(first - 1, NEXT_LAYER, ()))
         self.add(segment, self.END)
         num_tokens = len(segment.ids) - start
         segment.learned[start:] = [num_tokens**-0.5] * num_tokens  # between every token and every answer the same
