@@ -222,7 +222,8 @@ def _count(facts: Facts, rng: random.Random, held_out: bool) -> Asked:
         name, words = "bar", list(facts.colours)
     else:
         things = facts.things if isinstance(facts, Scene) else ()
-        thing = rng.choice(things) if things and rng.random() < (0.8 if held_out else 0.7) else random_thing(rng)
+        share_there = 0.8 if held_out else 0.7  # what is not there is counted best after many such questions
+        thing = rng.choice(things) if things and rng.random() < share_there else random_thing(rng)
         name = rng.choice(
             ("shape", "shape", f"{thing.colour} shape", f"{thing.colour} shape", thing.shape, thing.shape,
              f"{thing.size} shape", f"{thing.colour} {thing.shape}")
@@ -278,7 +279,6 @@ SCENE_KINDS = {"describe": 4, "what_at": 4, "colour": 8, "shape": 3, "size": 3, 
                "relation": 7, "read": 1, "tallest": 1, "outside": 1}  # fmt: skip
 PRINT_KINDS = {"describe": 4, "read": 8, "ink": 3, "sort": 2, "count": 1, "exists": 1, "outside": 1}
 CHART_KINDS = {"describe": 4, "tallest": 5, "nth_bar": 5, "taller": 3, "count": 3, "exists": 2, "read": 1, "outside": 1}
-TAUGHT_MORE = {"count": 2, "taller": 2}  # the hardest to learn: so many times as often in training
 OTHER_KINDS = {
     "describe": 8,
     "what_at": 1,
@@ -290,6 +290,7 @@ OTHER_KINDS = {
     "tallest": 1,
     "outside": 4,
 }
+TAUGHT_MORE = {"count": 2, "taller": 2}  # the hardest to learn: so many times as often in training
 
 
 def kinds_of(facts: Facts) -> dict[str, int]:
