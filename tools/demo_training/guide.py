@@ -112,6 +112,7 @@ class Guide:
             return {}
         labels = np.concatenate([group.labels.numpy() for group in batch.images], 1)  # (rows, image tokens, fields)
         shown = [group.shown.numpy() for group in batch.images]
+        is_bare = np.concatenate([(marks < 0).all(-1) for marks in shown], 1)  # (rows, image tokens)
         firsts = np.cumsum([0, *(group.labels.shape[1] for group in batch.images)])
         taken = {(row, *look.shown[0]): at for row, at, look in batch.looks if look.layer == WORD_LAYER}
         # The image's own row is always one; where there are more, words stand between it and the next image. What
@@ -119,8 +120,6 @@ class Guide:
         # the last one looks at the first row of all, for the same reason.
         left = {(row, image) for row, image, mark in taken if mark > 0}
         left_rows = {row for row, _ in left}
-
-        is_bare = np.concatenate([(marks < 0).all(-1) for marks in shown], 1)  # (rows, image tokens)
 
         def in_image(row: int, at: int, look: Look) -> Sequence[int]:
             found = [

@@ -222,7 +222,7 @@ def _count(facts: Facts, rng: random.Random, held_out: bool) -> Asked:
         name, words = "bar", list(facts.colours)
     else:
         things = facts.things if isinstance(facts, Scene) else ()
-        share_there = 0.8 if held_out else 0.7  # what is not there is counted best after many such questions
+        share_there = 0.8 if held_out else 0.7  # training asks more about what is not there
         thing = rng.choice(things) if things and rng.random() < share_there else random_thing(rng)
         name = rng.choice(
             ("shape", "shape", f"{thing.colour} shape", f"{thing.colour} shape", thing.shape, thing.shape,
