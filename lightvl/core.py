@@ -74,6 +74,9 @@ class SamplingParams:
     top_k: int = 0  # 0: off
     min_p: float = 0.0
     repetition_penalty: float = 1.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()  # (token id, what is added to its logit), each id once
     seed: int = 0  # 0 <= seed < 2**64
     stop: tuple[str, ...] = ()
     stop_token_ids: frozenset[int] = frozenset()
@@ -82,14 +85,23 @@ class SamplingParams:
     keep_special_tokens: bool = False  # SGLang's skip_special_tokens=false
 
     @property
+    def needs_history(self) -> bool:
+        """Whether choosing a token takes all tokens before it."""
+        return self.repetition_penalty != 1 or self.frequency_penalty != 0 or self.presence_penalty != 0
+
+    @property
+    def changes_logits(self) -> bool:
+        return self.needs_history or bool(self.logit_bias)
+
+    @property
     def needs_best_only(self) -> bool:
         """Whether the greatest logit, as the model has it, is all that choosing takes."""
-        return self.temperature == 0 and self.repetition_penalty == 1 and self.top_logprobs is None
+        return self.temperature == 0 and not self.changes_logits and self.top_logprobs is None
 
 
 @dataclass(frozen=True, slots=True)
 class TokenLogprob:
-    """Log-softmax of the model's raw logits (before temperature and penalties)."""
+    """Log-softmax of the model's raw logits (before temperature, penalties and bias)."""
 
     token_id: int
     logprob: float

@@ -234,6 +234,6 @@ def _feature_rows(rows: Seq[Row], starts: Int64Array, features: FeatureStore) ->
 
 def _sample_row(sequence: Sequence, position: int) -> SampleRow:
     seen = None
-    if sequence.params.repetition_penalty != 1.0:
+    if sequence.params.needs_history:
         seen = np.concatenate([sequence.prompt.token_ids, np.array(sequence.output_ids, dtype=np.int64)])
-    return SampleRow(params=sequence.params, choice=sequence.choice, position=position, seen=seen)
+    return SampleRow(sequence.params, sequence.choice, position, seen, prompt_len=len(sequence.prompt))

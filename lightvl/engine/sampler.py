@@ -3,16 +3,17 @@
 Called by the runner on the lane thread, in inference mode. Must not know: sequences, pages, text. Nothing here waits
 for a GPU; settings of the rows become tensors once and are reused while the same rows are sampled.
 
-The order is that of HF and SGLang: repetition penalty, temperature, top_k, top_p, min_p, draw. All filters of a row are
-one threshold on its logits, so tokens that tie with the last one kept are kept too. (HF keeps them for top_k and breaks
-ties arbitrarily for top_p. bf16 logits tie often, and a choice must not depend on how some sort orders equal numbers.)
+The order is that of HF and SGLang: repetition penalty, frequency and presence penalty, bias, temperature, top_k, top_p,
+min_p, draw. All filters of a row are one threshold on its logits, so tokens that tie with the last one kept are kept
+too. (HF keeps them for top_k and breaks ties arbitrarily for top_p. bf16 logits tie often, and a choice must not depend
+on how some sort orders equal numbers.)
 
 A draw is Gumbel-argmax: the greatest sum of a score and the noise of (seed, choice, position, token id).
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import repeat
@@ -43,7 +44,8 @@ class SampleRow:
     params: SamplingParams
     choice: int
     position: int  # index of the token being sampled in its sequence: prompt and earlier outputs lie before it
-    seen: np.ndarray[Any, np.dtype[np.int64]] | None = None  # prompt and outputs; needed if repetition_penalty != 1
+    seen: np.ndarray[Any, np.dtype[np.int64]] | None = None  # prompt and outputs; where `params.needs_history`
+    prompt_len: int = 0  # tokens of `seen` that were not generated
 
 
 @dataclass(slots=True)
@@ -91,7 +93,7 @@ def sample(logits: torch.Tensor, rows: list[SampleRow]) -> Sampled:
         return Sampled(_choose(logits, rows))
 
     wanted = _row_index(tuple(wants), logits.device)
-    raw = logits.index_select(0, wanted)  # a copy: the penalty changes `logits`
+    raw = logits.index_select(0, wanted)  # a copy: penalties change `logits`
     log_total = raw.logsumexp(-1, keepdim=True)
     token_ids = _choose(logits, rows)
     chosen = raw.gather(1, token_ids[wanted].clamp_min(0).unsqueeze(1)) - log_total
@@ -130,8 +132,8 @@ def to_host(sampled: Sampled, rows: list[SampleRow]) -> list[tuple[int, TokenLog
 
 def _choose(logits: torch.Tensor, rows: list[SampleRow]) -> torch.Tensor:
     """`Sampled.token_ids`. Overwrites the logits."""
-    if any(row.params.repetition_penalty != 1 for row in rows):
-        _penalise(logits, rows)
+    if any(row.params.changes_logits for row in rows):
+        _change(logits, rows)
     draws = _draws(tuple((row.params, row.choice) for row in rows), logits.device)
     if draws is None:
         token_ids = logits.argmax(-1)
@@ -224,22 +226,49 @@ def _pick(
     return best if ids is None else ids.gather(1, best.unsqueeze(1)).squeeze(1)
 
 
-def _penalise(logits: torch.Tensor, rows: list[SampleRow]) -> None:
-    """HF's rule, in place: a seen token's logit is divided by the penalty if positive, else multiplied."""
-    num_rows, num_tokens = logits.shape
-    cells, penalties = [], []
+_Change = tuple[int, np.ndarray[Any, Any], np.ndarray[Any, Any]]  # row, token ids, a number for each
+
+
+def _change(logits: torch.Tensor, rows: list[SampleRow]) -> None:
+    """In place: the repetition penalty as HF has it, of all tokens; then what OpenAI's API adds, penalties of generated
+    tokens alone (https://platform.openai.com/docs/api-reference/chat/create)."""
+    repeated: list[_Change] = []
+    generated: list[_Change] = []
+    biased: list[_Change] = []
     for i, row in enumerate(rows):
-        if row.params.repetition_penalty == 1:
-            continue
-        assert row.seen is not None, "a row with a repetition penalty brings its tokens"
-        seen = row.seen[row.seen < num_tokens]  # mllama's image token has no logit
-        cells.append(seen + i * num_tokens)
-        penalties.append(np.full(len(seen), row.params.repetition_penalty, dtype=np.float32))
-    cell = to_device(torch.from_numpy(np.concatenate(cells)), logits.device)
-    penalty = to_device(torch.from_numpy(np.concatenate(penalties)), logits.device)
-    flat = logits.view(num_rows * num_tokens)
-    values = flat[cell]
-    flat[cell] = torch.where(values > 0, values / penalty, values * penalty)
+        params = row.params
+        if params.needs_history:
+            assert row.seen is not None, "a row with penalties brings its tokens"
+            if params.repetition_penalty != 1:
+                repeated.append((i, row.seen, np.full(len(row.seen), params.repetition_penalty)))
+            ids, counts = np.unique(row.seen[row.prompt_len :], return_counts=True)
+            generated.append((i, ids, -params.frequency_penalty * counts - params.presence_penalty))
+        if params.logit_bias:
+            ids, amounts = np.array(params.logit_bias).T
+            biased.append((i, ids.astype(np.int64), amounts))
+    _apply(_penalised, logits, repeated)
+    _apply(torch.add, logits, generated)
+    _apply(torch.add, logits, biased)
+
+
+def _penalised(values: torch.Tensor, penalty: torch.Tensor) -> torch.Tensor:
+    return torch.where(values > 0, values / penalty, values * penalty)
+
+
+def _apply(
+    rule: Callable[[torch.Tensor, torch.Tensor], torch.Tensor], logits: torch.Tensor, changes: list[_Change]
+) -> None:
+    """Each logit becomes rule(logit, number), once however often its token is named."""
+    if not changes:
+        return
+    num_tokens = logits.shape[1]
+    # mllama's image token has no logit
+    changes = [(row, ids[ids < num_tokens], numbers[ids < num_tokens]) for row, ids, numbers in changes]
+    cells = np.concatenate([row * num_tokens + ids for row, ids, _ in changes])
+    numbers = np.concatenate([numbers for _, _, numbers in changes], dtype=np.float32)
+    cell, number = (to_device(torch.from_numpy(array), logits.device) for array in (cells, numbers))
+    flat = logits.view(-1)
+    flat[cell] = rule(flat[cell], number)
 
 
 @lru_cache(maxsize=16)

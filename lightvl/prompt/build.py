@@ -71,6 +71,7 @@ class PromptBuilder:
         self._template = template
         self._executor = executor
         self._limits = limits
+        self.vocab_size = limits.vocab_size
         self._max_token_len = max(map(len, tokenizer.vocabulary.token_bytes), default=1)
         stops = {text: tokenizer.control_id(text) for text in (template.stop if template is not None else ())}
         eos = () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
@@ -123,8 +124,8 @@ class PromptBuilder:
         self._check_images(images)
         ids = list(token_ids)
         image_token_id = self._family.image_token_id
-        if any(not 0 <= token_id < self._limits.vocab_size for token_id in set(ids) - {image_token_id}):
-            raise BadRequest(f"input_ids must be from 0 to {self._limits.vocab_size - 1}", param="input_ids")
+        if any(not 0 <= token_id < self.vocab_size for token_id in set(ids) - {image_token_id}):
+            raise BadRequest(f"input_ids must be from 0 to {self.vocab_size - 1}", param="input_ids")
         num_slots = 0 if image_token_id is None else ids.count(image_token_id)
         if num_slots == 0 and images:
             front = self._encode(self._images_in_front(len(images)), "input_ids", bos=False)

@@ -21,7 +21,7 @@ INLINE_BYTES = 1 << 20
 
 T = TypeVar("T", bound=msgspec.Struct)
 
-_PATH = re.compile(r"(?P<what>.*?)(?: - at `(?P<kind>key in )?\$\.?(?P<path>.*)`)?\Z", re.DOTALL)
+_PATH = re.compile(r"(?P<what>.*?)(?: - at (?:`key` in )?`\$\.?(?P<path>.*)`)?\Z", re.DOTALL)
 _UNKNOWN = re.compile(r"Object contains unknown field `(.*)`\Z", re.DOTALL)
 _MISSING = re.compile(r"Object missing required field `(.*)`\Z", re.DOTALL)
 
@@ -75,7 +75,7 @@ def _decode(data: bytes, type: type[T]) -> T:
         if "unknown field" not in str(error):
             raise
     # Unknown fields that are null are let pass. Only a request that has unknown fields pays for this second look.
-    return msgspec.convert(_without_nulls(msgspec.json.decode(data)), type=type)
+    return msgspec.convert(_without_nulls(msgspec.json.decode(data)), type=type, str_keys=True)
 
 
 def refuse_unserved(fields: msgspec.Struct, neutral: Mapping[str, tuple[Any, ...]], prefix: str = "") -> None:

@@ -122,10 +122,10 @@ def _message(wire: ChatMessage, path: str) -> Message:
 def _part(wire: TextContent | ImageContent, path: str) -> TextPart | ImagePart:
     if isinstance(wire, TextContent):
         return TextPart(wire.text)
-    if wire.image_url.detail not in (None, "auto"):
+    if wire.image_url.detail not in (None, "auto", "high"):  # high is how every image is seen
         param = f"{path}.image_url.detail"
         raise BadRequest(
-            f"'{param}' is not supported by this server with this value; use 'auto' or leave it out.",
+            f"'{param}' is not supported by this server with this value; use 'auto' or 'high'.",
             param=param,
             code="unsupported_parameter",
         )

@@ -18,6 +18,7 @@ MAX_STOPS = 16
 MAX_STOP_CHARS = 1024
 MAX_STOP_TOKEN_IDS = 256
 MAX_TOP_LOGPROBS = 20
+MAX_BIASES = 1024
 TO_CONTEXT_END = 1 << 62
 """`max_tokens` before `fit`, when the request sets none."""
 
@@ -50,14 +51,22 @@ def sampling_params(
             )
 
     temperature, top_p, min_p = number("temperature", 1.0), number("top_p", 1.0), number("min_p", 0.0)
-    penalty, top_k = number("repetition_penalty", 1.0), int(number("top_k", 0))
+    repetition, top_k = number("repetition_penalty", 1.0), int(number("top_k", 0))
+    frequency, presence = number("frequency_penalty", 0.0), number("presence_penalty", 0.0)
+    biases = fields.logit_bias or {}
     n = 1 if fields.n is None else fields.n
     # Written so that infinities and NaN fail too.
     check("temperature", 0 <= temperature <= 2, "expected a number from 0 to 2")
     check("top_p", 0 < top_p <= 1, "expected a number above 0 and at most 1")
     check("top_k", top_k >= -1, "expected -1 or 0 (off) or a positive integer")
     check("min_p", 0 <= min_p <= 1, "expected a number from 0 to 1")
-    check("repetition_penalty", 0 < penalty <= 2, "expected a number above 0 and at most 2")
+    check("repetition_penalty", 0 < repetition <= 2, "expected a number above 0 and at most 2")
+    check("frequency_penalty", -2 <= frequency <= 2, "expected a number from -2 to 2")
+    check("presence_penalty", -2 <= presence <= 2, "expected a number from -2 to 2")
+    check("logit_bias", len(biases) <= MAX_BIASES, f"at most {MAX_BIASES} tokens are taken")
+    num_ids = prompts.vocab_size
+    check("logit_bias", all(0 <= token_id < num_ids for token_id in biases), f"expected ids from 0 to {num_ids - 1}")
+    check("logit_bias", all(-100 <= bias <= 100 for bias in biases.values()), "expected numbers from -100 to 100")
     check("n", 1 <= n <= MAX_CHOICES, f"expected an integer from 1 to {MAX_CHOICES}")
     seed = seeds.getrandbits(63) if fields.seed is None else fields.seed
     check("seed", -(1 << 63) <= seed < 1 << 63, "expected a 64-bit integer")
@@ -76,7 +85,10 @@ def sampling_params(
         top_p=top_p,
         top_k=max(top_k, 0),
         min_p=min_p,
-        repetition_penalty=penalty,
+        repetition_penalty=repetition,
+        frequency_penalty=frequency,
+        presence_penalty=presence,
+        logit_bias=tuple(biases.items()),
         seed=seed & (1 << 64) - 1,
         stop=stop,
         stop_token_ids=stop_ids,

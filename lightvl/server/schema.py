@@ -20,6 +20,9 @@ class SamplingFields(Struct, kw_only=True, forbid_unknown_fields=True):
     top_k: int | None = None
     min_p: float | None = None
     repetition_penalty: float | None = None
+    frequency_penalty: float | None = None
+    presence_penalty: float | None = None
+    logit_bias: dict[int, float] | None = None
     seed: int | None = None
     n: int | None = None
     stop: str | list[str] | None = None
@@ -27,18 +30,12 @@ class SamplingFields(Struct, kw_only=True, forbid_unknown_fields=True):
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None
     # known, not served
-    frequency_penalty: Any = None
-    presence_penalty: Any = None
-    logit_bias: Any = None
     no_stop_trim: Any = None
     regex: Any = None
     ebnf: Any = None
 
 
 UNSERVED_SAMPLING: dict[str, tuple[Any, ...]] = {
-    "frequency_penalty": (0,),
-    "presence_penalty": (0,),
-    "logit_bias": ({},),
     "no_stop_trim": (False,),
     "regex": (),
     "ebnf": (),

@@ -20,6 +20,11 @@ class PromptBuilder(Protocol):
     wrong with the request. May be cancelled at any await."""
 
     @property
+    def vocab_size(self) -> int:
+        """Ids that may be generated: from 0 up to this one, which is none."""
+        ...
+
+    @property
     def stop_strings(self) -> tuple[str, ...]:
         """End a turn, beside the request's own stops."""
         ...

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from transformers import (
     MinPLogitsWarper,
     RepetitionPenaltyLogitsProcessor,
+    SequenceBiasLogitsProcessor,
     TemperatureLogitsWarper,
     TopKLogitsWarper,
     TopPLogitsWarper,
@@ -26,8 +27,9 @@ def params(**changes) -> SamplingParams:
     return SamplingParams(**{"max_tokens": 16, **changes})
 
 
-def row(position: int = 7, choice: int = 0, seen: list[int] | None = None, **changes) -> SampleRow:
-    return SampleRow(params(**changes), choice, position, None if seen is None else np.array(seen, dtype=np.int64))
+def row(position: int = 7, choice: int = 0, seen: list[int] | None = None, prompt_len: int = 0, **changes) -> SampleRow:
+    tokens = None if seen is None else np.array(seen, dtype=np.int64)
+    return SampleRow(params(**changes), choice, position, tokens, prompt_len)
 
 
 def tokens_of(logits: torch.Tensor, rows: list[SampleRow]) -> list[int]:
@@ -40,6 +42,8 @@ def kept_by_hf(logits: torch.Tensor, one: SampleRow) -> torch.Tensor:
     ids = torch.from_numpy(one.seen).unsqueeze(0) if one.seen is not None else torch.zeros((1, 0), dtype=torch.int64)
     if p.repetition_penalty != 1:
         scores = RepetitionPenaltyLogitsProcessor(p.repetition_penalty)(ids, scores)
+    if p.logit_bias:
+        scores = SequenceBiasLogitsProcessor([[[token_id], bias] for token_id, bias in p.logit_bias])(ids, scores)
     scores = TemperatureLogitsWarper(p.temperature)(ids, scores)
     if p.top_k:
         scores = TopKLogitsWarper(p.top_k)(ids, scores)
@@ -69,12 +73,39 @@ def kept_by_us(monkeypatch: pytest.MonkeyPatch, logits: torch.Tensor, rows: list
 
 
 def test_greedy_rows_cost_one_argmax_and_build_nothing(monkeypatch):
-    for name in ("_draw", "_penalise"):
+    for name in ("_draw", "_change"):
         monkeypatch.setattr(sampler, name, lambda *args: pytest.fail("greedy needs no more than argmax"))
     logits = torch.randn(5, 97)
     out = sample(logits.clone(), [row(temperature=0.0)] * 5)
     assert torch.equal(out.token_ids, logits.argmax(-1))
     assert out.logprobs is None and out.top_ids is None
+
+
+def test_tokens_are_penalised_for_being_generated_and_for_each_time():
+    logits = torch.tensor([[4.0, 3.5, 3.0, 2.6]])
+    seen = [0, 0, 0, 0, 1, 1, 2]  # of which the first four are the prompt
+    for penalties, best in (
+        ({"presence_penalty": 1.0}, 0),
+        ({"presence_penalty": -1.0}, 1),
+        ({"frequency_penalty": 0.2}, 0),
+        ({"frequency_penalty": -0.3}, 1),
+        ({"frequency_penalty": -1.2}, 1),
+        ({"frequency_penalty": 0.7, "presence_penalty": -2.0}, 2),  # 4, 3.5 + 0.6, 3 + 1.3, 2.6
+        ({"repetition_penalty": 2.0}, 3),
+        ({"repetition_penalty": 1.2, "presence_penalty": 1.0}, 0),
+        ({"repetition_penalty": 2.0, "presence_penalty": -1.0}, 1),  # 2, 1.75 + 1, 1.5 + 1, 2.6
+    ):
+        one = row(temperature=0.0, seen=seen, prompt_len=4, **penalties)
+        assert tokens_of(logits, [one]) == [best], penalties
+        assert tokens_of(logits.expand(2, -1), [one, row(temperature=0.0)]) == [best, 0]
+
+
+def test_a_bias_bans_a_token_or_makes_it_the_only_one():
+    logits = torch.tensor([[4.0, 3.5, 3.0]] * 3)
+    banned, only = ({"logit_bias": ((token_id, bias),)} for token_id, bias in ((0, -100.0), (2, 100.0)))
+    rows = [row(temperature=0.0, **banned), row(temperature=0.0), row(temperature=2.0, **only)]
+    assert tokens_of(logits, rows) == [1, 0, 2]
+    assert not rows[0].params.needs_best_only and rows[1].params.needs_best_only
 
 
 def test_greedy_ties_give_the_first_token_in_any_company():
@@ -109,6 +140,8 @@ FILTERS = [
     {"temperature": 2.5, "top_k": 30, "min_p": 0.3},
     {"temperature": 0.7, "top_p": 0.9, "repetition_penalty": 1.3, "seen": [3, 5, 5, 60]},
     {"top_k": 3, "repetition_penalty": 0.8, "seen": [1, 2, 90]},
+    {"top_k": 3, "logit_bias": ((5, 2.5), (9, -100.0), (41, 100.0))},
+    {"top_p": 0.8, "repetition_penalty": 1.4, "seen": [1, 2, 9], "logit_bias": ((9, 1.5), (0, 0.25))},
     {},
 ]
 
@@ -267,6 +300,8 @@ MIXED = [
     {"seed": 5, "choice": 1, "min_p": 0.05},
     {"seed": 6, "temperature": 0.8, "repetition_penalty": 1.5, "seen": [1, 2, 3]},
     {"seed": 7, "top_logprobs": 3},
+    {"seed": 8, "frequency_penalty": 0.5, "presence_penalty": 0.2, "seen": [3, 7, 7, 9], "prompt_len": 1},
+    {"seed": 9, "temperature": 0.0, "logit_bias": ((11, 3.0), (12, -1.5))},
 ]
 
 

@@ -196,23 +196,36 @@ async def test_two_steps_in_flight_change_nothing(oracle_of: GetOracle, family: 
             assert_same(oracle, turns, answer)
 
 
-async def test_a_repetition_penalty_counts_every_token(oracle_of: GetOracle) -> None:
-    """The same answer with one and with two steps in flight, and another one than without the penalty."""
+@pytest.mark.parametrize("repetition, frequency, presence", [(1.5, 0, 0), (1, 0.2, 0.1), (1.2, 0.1, -0.2)])
+async def test_penalties_count_every_token(
+    oracle_of: GetOracle, repetition: float, frequency: float, presence: float
+) -> None:
+    """The same answer with one and with two steps in flight, and another one than without penalties."""
     oracle = oracle_of("qwen2")
     turns = question(0, 1)
+    penalties = {
+        "repetition_penalty": repetition,
+        "frequency_penalty": frequency,
+        "presence_penalty": presence,
+        "logit_bias": ((7, 0.3),),
+    }
     answers = []
     async with serving(oracle) as service:
         plain = (await ask(service, turns, max_tokens=40))[0].token_ids
         for max_steps in (1, 2):
             scheduler = service.engine._scheduler
             scheduler.limits = replace(scheduler.limits, max_steps_in_flight=max_steps)
-            answers.append((await ask(service, turns, max_tokens=40, repetition_penalty=1.5))[0].token_ids)
+            answers.append((await ask(service, turns, max_tokens=40, **penalties))[0].token_ids)
     assert answers[0] == answers[1] != plain
     prompt_ids, _ = oracle.prepare(turns)
     for step, token_id in enumerate(answers[0]):
-        seen = torch.tensor(sorted({*prompt_ids, *answers[0][:step]}))
-        penalised = _raw_logits(oracle, prompt_ids + answers[0][:step])
-        penalised[seen] = torch.where(penalised[seen] > 0, penalised[seen] / 1.5, penalised[seen] * 1.5)
+        generated = answers[0][:step]
+        penalised = _raw_logits(oracle, prompt_ids + generated)
+        for seen in {*prompt_ids, *generated}:
+            penalised[seen] *= 1 / repetition if penalised[seen] > 0 else repetition
+        for seen in set(generated):
+            penalised[seen] -= frequency * generated.count(seen) + presence
+        penalised[7] += 0.3
         best = penalised.topk(2)
         if best.values[0] - best.values[1] > 2e-3:
             assert token_id == best.indices[0], f"output {step} is another token"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from scheduling_helpers import Config, FakeEngine, make_prompt
 
@@ -50,6 +52,20 @@ def test_sixteen_same_prefixes_are_computed_once(chunk_tokens: int, steps: int) 
         submit(engine, text((0, 40), (1000 + 10 * idx, 5)), LONG)
     engine.drain()
     assert engine.num_prefill_tokens == 40 + 16 * 5
+
+
+@pytest.mark.parametrize("name", ["repetition_penalty", "frequency_penalty", "presence_penalty"])
+def test_only_a_sequence_with_penalties_waits_for_its_last_token(name: str) -> None:
+    engine = FakeEngine(Config(num_pages=100, chunk_tokens=64, max_steps_in_flight=2))
+    plain = submit(engine, text((0, 5)), LONG)
+    penalised = submit(engine, text((100, 5)), replace(LONG, **{name: 0.5}))
+    step(engine)
+    engine.launch()
+    ahead = engine.launch()
+    assert ahead is not None and [row.sequence for row in ahead.rows] == [plain]
+    engine.complete()
+    both = engine.launch()
+    assert both is not None and [row.sequence for row in both.rows] == [plain, penalised]
 
 
 def test_sixteen_questions_about_one_new_image_encode_it_once() -> None:

@@ -19,6 +19,7 @@ CONTEXT_LEN = 2000
 class FakePrompts:
     stop_strings: tuple[str, ...] = ("<end>",)
     stop_token_ids = frozenset({7})
+    vocab_size = 1000
 
     def __init__(self) -> None:
         self.error: Exception | None = None

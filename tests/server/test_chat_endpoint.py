@@ -116,7 +116,7 @@ async def test_messages_reach_the_builder(server: Running) -> None:
             "role": "user",
             "content": [
                 {"type": "text", "text": "a"},
-                {"type": "image_url", "image_url": {"url": url, "detail": "auto"}},
+                {"type": "image_url", "image_url": {"url": url, "detail": "high"}},
                 {"type": "text", "text": "b"},
                 {"type": "image_url", "image_url": {"url": url, "detail": None}, "modalities": "multi-images"},
             ],
@@ -147,12 +147,15 @@ async def test_messages_reach_the_builder(server: Running) -> None:
 async def test_params_reach_the_engine(server: Running) -> None:
     fields = dict(
         temperature=0.5, top_p=0.9, top_k=40, min_p=0.1, repetition_penalty=1.1, seed=-1, stop=["a", "b", "a"], n=2,
+        frequency_penalty=-0.5, presence_penalty=2, logit_bias={"0": -100, "999": 2.5}, unheard_of=None,
         logprobs=True, top_logprobs=5, skip_special_tokens=False, stop_token_ids=[11], max_tokens=9,
     )  # fmt: skip
     assert (await server.chat(**fields))[0] == 200
     (params,) = server.service.engine.params
     assert (params.temperature, params.top_p, params.top_k, params.min_p) == (0.5, 0.9, 40, 0.1)
     assert (params.repetition_penalty, params.seed, params.n, params.top_logprobs) == (1.1, 2**64 - 1, 2, 5)
+    assert (params.frequency_penalty, params.presence_penalty) == (-0.5, 2)
+    assert params.logit_bias == ((0, -100), (999, 2.5))
     assert params.stop == ("a", "b", "<end>") and params.stop_token_ids == {7, 11}
     assert params.keep_special_tokens and params.max_tokens == 9
 
@@ -173,7 +176,7 @@ async def test_defaults(start: Start) -> None:
 
 async def test_neutral_values_count_as_absent(server: Running) -> None:
     neutral = {
-        "presence_penalty": 0, "frequency_penalty": 0.0, "logit_bias": {}, "tools": [], "tool_choice": "none",
+        "tools": [], "tool_choice": "none",
         "parallel_tool_calls": True, "functions": [], "response_format": {"type": "text"}, "modalities": ["text"],
         "store": False, "service_tier": "auto", "user": "me", "metadata": {"a": "b"}, "safety_identifier": "x",
         "prompt_cache_key": "y", "top_logprobs": 0, "logprobs": False, "n": 1, "stop": None, "reasoning_effort": None,

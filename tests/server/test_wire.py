@@ -68,6 +68,9 @@ def test_any_json_is_decoded_or_refused(body: dict[str, Any]) -> None:
             "top_k": st.integers(-3, 100),
             "min_p": st.floats(-1, 2),
             "repetition_penalty": st.floats(-1, 3),
+            "frequency_penalty": st.floats(-3, 3),
+            "presence_penalty": st.floats(-3, 3),
+            "logit_bias": st.dictionaries(st.integers(-1, 1001), st.floats(-101, 101), max_size=3),
             "seed": st.integers(-(2**64), 2**64),
             "n": st.integers(-1, 20),
         },
@@ -84,6 +87,8 @@ def test_params_hold_their_ranges(fields: dict[str, Any]) -> None:
         return
     assert isinstance(params, SamplingParams)
     assert 0 <= params.temperature <= 2 and 0 < params.top_p <= 1 and params.top_k >= 0 and 0 <= params.min_p <= 1
+    assert -2 <= params.frequency_penalty <= 2 and -2 <= params.presence_penalty <= 2
+    assert all(0 <= token_id < 1000 and -100 <= bias <= 100 for token_id, bias in params.logit_bias)
     assert 0 < params.repetition_penalty <= 2 and 0 <= params.seed < 2**64 and 1 <= params.n <= 16
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -212,7 +213,7 @@ def _noise(device: str, row: Row) -> None:
 def _draws(device: str, row: Row) -> None:
     """All settings at once. A token may differ only where two are equally good to float32's last digits."""
     torch.manual_seed(4)
-    settings: list[dict[str, float]] = [
+    settings: list[dict[str, Any]] = [
         {"temperature": 0},
         {},
         {"temperature": 0.7, "top_k": 40},
@@ -220,9 +221,10 @@ def _draws(device: str, row: Row) -> None:
         {"min_p": 0.05, "temperature": 1.5},
         {"top_k": 200, "top_p": 0.8, "min_p": 0.01},
         {"repetition_penalty": 1.3, "top_p": 0.95},
+        {"frequency_penalty": 0.3, "presence_penalty": 0.2, "logit_bias": ((5, 4.0), (9, -100.0))},
     ]
     rows = [
-        SampleRow(SamplingParams(8, seed=seed, **given), choice=0, position=seed, seen=np.arange(seed, seed + 300))  # type: ignore[arg-type]
+        SampleRow(SamplingParams(8, seed=seed, **given), choice=0, position=seed, seen=np.arange(seed, seed + 300))
         for seed, given in enumerate(settings * 20)
     ]
     logits = torch.randn(len(rows), 32000) * 3
