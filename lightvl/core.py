@@ -26,6 +26,7 @@ class ImagePart:
 
     url: str
     param: str = "messages"
+    max_side: int | None = None  # pixels; what is larger is shrunk before the model's own rules see it
 
 
 @dataclass(frozen=True, slots=True)

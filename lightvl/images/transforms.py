@@ -29,6 +29,13 @@ def resize(rgb: Pixels, width: int, height: int, resample: int) -> Pixels:
     return np.asarray(Image.fromarray(rgb).resize((width, height), Image.Resampling(resample)))
 
 
+def shrink(rgb: Pixels, max_side: int) -> Pixels:
+    """The same shape, with no side over `max_side` pixels. May return `rgb` itself."""
+    height, width = rgb.shape[:2]
+    scale = min(1.0, max_side / max(width, height))
+    return resize(rgb, max(1, round(width * scale)), max(1, round(height * scale)), Image.Resampling.BICUBIC)
+
+
 def smart_size(width: int, height: int, *, factor: int, min_pixels: int, max_pixels: int) -> tuple[int, int]:
     """Qwen2-VL's rule: (width, height) as multiples of `factor`, about the same shape, within both pixel counts where
     one multiple a side allows it. Raises BadRequest when one side is over 200 times the other."""

@@ -3,7 +3,7 @@
 Called by build.py on the event loop; decoding, hashing and preprocessing run in its threads. Owns what is known of
 images (records) and their pixels. Knows nothing of messages and tokens.
 
-    bytes' digest -> record (content digest, size)      the same bytes are decoded once
+    bytes' digest -> record (content digest, size)      the same bytes are decoded once (and once more where shrunk)
     content digest + layout -> image key -> pixels      the same picture in other bytes shares everything from here on
 """
 
@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING, Any
 from lightvl.core import ImagePart
 from lightvl.errors import BadRequest
 from lightvl.images.cache import ByteLRU, MediaCounters, SharedWork
-from lightvl.images.decode import DEFAULT_MAX_PIXELS, content_digest, decode_image
+from lightvl.images.decode import DEFAULT_MAX_PIXELS, RGB, content_digest, decode_image
 from lightvl.images.fetch import EncodedImage, ImageFetcher
+from lightvl.images.transforms import shrink
 
 if TYPE_CHECKING:
     import torch
@@ -41,14 +42,26 @@ class _Record:
     made_keys: set[int] = field(default_factory=set)
 
 
+@dataclass(frozen=True, slots=True)
+class _Source:
+    """What a client wants to be seen: an image as fetched, still encoded, no side of it over `max_side` pixels."""
+
+    encoded: EncodedImage
+    max_side: int | None
+
+    @property
+    def digest(self) -> bytes:
+        return self.encoded.digest + str(self.max_side).encode()
+
+
 class Media:
     """`PromptImage.media`: all that is needed to make an image's pixels, as long as its sequence lives."""
 
-    __slots__ = ("_store", "data", "key", "layout", "param")
+    __slots__ = ("_store", "key", "layout", "param", "source")
 
-    def __init__(self, store: MediaLoader, data: bytes, layout: ImageLayout, key: int, param: str) -> None:
+    def __init__(self, store: MediaLoader, source: _Source, layout: ImageLayout, key: int, param: str) -> None:
         self._store = store
-        self.data = data  # as fetched, still encoded
+        self.source = source
         self.layout = layout
         self.key = key
         self.param = param
@@ -92,38 +105,35 @@ class MediaLoader:
         if pixels is not None:
             self.counters.add("pixel_hits")
             return pixels
-        rgb = decode_image(media.data, max_pixels=self._max_pixels)
-        self.counters.add("decodes")
-        return self._preprocess(rgb, media.layout, media.key)
+        return self._preprocess(self._decode(media.source), media.layout, media.key)
 
     async def _load_one(self, part: ImagePart, *, num_images: int) -> Media:
-        image = await self._fetcher.fetch(part.url, param=part.param)
+        source = _Source(await self._fetcher.fetch(part.url, param=part.param), part.max_side)
         is_known = True
         while True:
-            record = self._records.get(image.digest)
+            record = self._records.get(source.digest)
             if record is not None:
                 layout = self._plan(record, part, num_images)
                 key = _image_key(record.content, layout)
                 if key in record.made_keys:
                     if is_known:
                         self.counters.add("decode_hits")
-                    return Media(self, image.data, layout, key, part.param)
-            if image.digest not in self._work:
+                    return Media(self, source, layout, key, part.param)
+            if source.digest not in self._work:
                 is_known = False
             try:
                 # Whoever else works on these bytes now may want another layout: then the next turn makes ours.
-                await self._work.run(image.digest, lambda: self._make_in_thread(image, num_images))
+                await self._work.run(source.digest, lambda: self._make_in_thread(source, num_images))
             except BadRequest as error:
                 raise BadRequest(f"{part.param}: {error.message}", param=part.param) from None
 
-    async def _make_in_thread(self, image: EncodedImage, num_images: int) -> None:
-        await asyncio.get_running_loop().run_in_executor(self._executor, self._make, image, num_images)
+    async def _make_in_thread(self, source: _Source, num_images: int) -> None:
+        await asyncio.get_running_loop().run_in_executor(self._executor, self._make, source, num_images)
 
-    def _make(self, image: EncodedImage, num_images: int) -> None:
+    def _make(self, source: _Source, num_images: int) -> None:
         """Decode and preprocess in one go: the full-size pixels are dropped right after."""
-        rgb = decode_image(image.data, max_pixels=self._max_pixels)
-        self.counters.add("decodes")
-        record = self._records.get(image.digest)
+        rgb = self._decode(source)
+        record = self._records.get(source.digest)
         if record is None:
             record = _Record(content_digest(rgb), width=rgb.shape[1], height=rgb.shape[0])
         layout = self._family.plan_image(record.width, record.height, num_images=num_images)
@@ -131,9 +141,14 @@ class MediaLoader:
         if key not in self.pixel_cache:  # it may be there from the same picture in other bytes
             self._preprocess(rgb, layout, key)
         record.made_keys.add(key)
-        self._records.put(image.digest, record)
+        self._records.put(source.digest, record)
 
-    def _preprocess(self, rgb: Any, layout: ImageLayout, key: int) -> torch.Tensor:
+    def _decode(self, source: _Source) -> RGB:
+        rgb = decode_image(source.encoded.data, max_pixels=self._max_pixels)
+        self.counters.add("decodes")
+        return rgb if source.max_side is None else shrink(rgb, source.max_side)
+
+    def _preprocess(self, rgb: RGB, layout: ImageLayout, key: int) -> torch.Tensor:
         pixels = self._family.preprocess(rgb, layout)
         self.counters.add("preprocesses")
         self.pixel_cache.put(key, pixels)

@@ -41,6 +41,8 @@ _ROLES: dict[str, Role] = {
 }
 _LEAST_LOGPROB = -9999.0
 """OpenAI's stand-in for minus infinity, which JSON has no word for."""
+_LOW_DETAIL_SIDE = 512
+"""In pixels: what OpenAI's `detail: low` makes of a larger image. Any other is seen as large as the model takes it."""
 
 _encode = msgspec.json.Encoder().encode
 
@@ -122,14 +124,8 @@ def _message(wire: ChatMessage, path: str) -> Message:
 def _part(wire: TextContent | ImageContent, path: str) -> TextPart | ImagePart:
     if isinstance(wire, TextContent):
         return TextPart(wire.text)
-    if wire.image_url.detail not in (None, "auto", "high"):  # high is how every image is seen
-        param = f"{path}.image_url.detail"
-        raise BadRequest(
-            f"'{param}' is not supported by this server with this value; use 'auto' or 'high'.",
-            param=param,
-            code="unsupported_parameter",
-        )
-    return ImagePart(wire.image_url.url, f"{path}.image_url.url")
+    max_side = _LOW_DETAIL_SIDE if wire.image_url.detail == "low" else None
+    return ImagePart(wire.image_url.url, f"{path}.image_url.url", max_side)
 
 
 async def _whole(run: Run, model: str) -> web.Response:

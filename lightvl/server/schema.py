@@ -44,7 +44,7 @@ UNSERVED_SAMPLING: dict[str, tuple[Any, ...]] = {
 
 class ImageURL(Struct, forbid_unknown_fields=True):
     url: str
-    detail: str | None = None
+    detail: Literal["auto", "low", "high"] | None = None
 
 
 class TextContent(Struct, tag_field="type", tag="text", forbid_unknown_fields=True):

@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -139,6 +140,19 @@ async def test_the_view_mode_is_part_of_the_identity(make: Make) -> None:
         builder.build_chat([user(image("c"))]), builder.build_chat([user(image("c"), image("a"))])
     )
     assert mixed[0].images[0].key != mixed[1].images[0].key and counts(builder)[2] == 5
+
+
+async def test_an_image_of_low_detail_is_the_shrunk_picture(make: Make) -> None:
+    builder = make(limits={"pixel_cache_bytes": 700})
+    part = image("a", width=40, height=20)
+    whole = (await builder.build_chat([user(part)])).images[0]
+    low = (await builder.build_chat([user(replace(part, max_side=20))])).images[0]
+    shrunk = np.asarray(Image.fromarray(noise("a", 40, 20)).resize((20, 10), Image.Resampling.BICUBIC))
+    assert low.key != whole.key and (whole.media.layout.width, low.media.layout.width) == (40, 20)
+    await builder.build_chat([user(image("b"))])  # and its pixels are dropped
+    assert np.array_equal(low.media.pixels().numpy(), shrunk)
+    larger = (await builder.build_chat([user(replace(part, max_side=40))])).images[0]
+    assert larger.key == whole.key, "it is no larger, so it is the same picture"
 
 
 async def test_dropped_pixels_are_made_again(make: Make) -> None:

@@ -119,6 +119,7 @@ async def test_messages_reach_the_builder(server: Running) -> None:
                 {"type": "image_url", "image_url": {"url": url, "detail": "high"}},
                 {"type": "text", "text": "b"},
                 {"type": "image_url", "image_url": {"url": url, "detail": None}, "modalities": "multi-images"},
+                {"type": "image_url", "image_url": {"url": url, "detail": "low"}},
             ],
         },
         {"role": "assistant", "content": None, "tool_calls": [], "refusal": None, "annotations": []},
@@ -127,7 +128,7 @@ async def test_messages_reach_the_builder(server: Running) -> None:
     body = {"messages": messages, "continue_final_message": True}
     status, reply = await server.post("/v1/chat/completions", body)
     assert status == 200 and server.service.prompts.continued
-    assert reply["usage"]["prompt_tokens_details"]["image_tokens"] == 8
+    assert reply["usage"]["prompt_tokens_details"]["image_tokens"] == 12
     assert list(server.service.prompts.messages) == [
         Message("system", (TextPart("Be brief."),)),
         Message(
@@ -137,6 +138,7 @@ async def test_messages_reach_the_builder(server: Running) -> None:
                 ImagePart(url, "messages[1].content[1].image_url.url"),
                 TextPart("b"),
                 ImagePart(url, "messages[1].content[3].image_url.url"),
+                ImagePart(url, "messages[1].content[4].image_url.url", max_side=512),
             ),
         ),
         Message("assistant", ()),

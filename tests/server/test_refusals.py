@@ -31,8 +31,8 @@ BAD_CHATS: list[tuple[str, dict[str, Any], str | None]] = [
     ("untyped part", user([{"text": "x"}]), "messages[0].content[0].type"),
     ("image without url", user([{"type": "image_url", "image_url": {}}]), "messages[0].content[0].image_url.url"),
     (
-        "detail low",
-        user(["x"] and [{"type": "image_url", "image_url": {"url": "data:,", "detail": "low"}}]),
+        "detail medium",
+        user([{"type": "image_url", "image_url": {"url": "data:,", "detail": "medium"}}]),
         "messages[0].content[0].image_url.detail",
     ),
     ("unknown part field", user([{**IMAGE, "max_pixels": 3}]), "messages[0].content[0].max_pixels"),

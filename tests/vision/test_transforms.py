@@ -14,11 +14,20 @@ from transformers.models.qwen2_vl import image_processing_pil_qwen2_vl as hf_qwe
 from vision_helpers import noise
 
 from lightvl.errors import BadRequest
-from lightvl.images.transforms import best_grid, fit_size, patchify, resize, smart_size, split_tiles, tile_grids
+from lightvl.images.transforms import best_grid, fit_size, patchify, resize, shrink, smart_size, split_tiles, tile_grids
 
 SIZES = [(300, 200), (57, 333), (28, 28), (1, 1), (3, 2), (1000, 40), (41, 999), (640, 481), (112, 56)]
 LARGE = [(1923, 1081), (4000, 3000), (777, 2345)]
 sides = st.integers(1, 5000)
+
+
+@pytest.mark.parametrize(
+    "size, shrunk", [((512, 300), (512, 300)), ((513, 300), (512, 299)), ((40, 1024), (20, 512)), ((4000, 1), (512, 1))]
+)
+def test_shrinking_keeps_the_shape_and_what_is_small(size: tuple[int, int], shrunk: tuple[int, int]) -> None:
+    rgb = noise(*size, 3)
+    assert shrink(rgb, 512).shape == (*shrunk[::-1], 3)
+    assert (shrink(rgb, 512) is rgb) == (size == shrunk)
 
 
 @given(sides, sides, st.sampled_from([56 * 56, 28 * 28]), st.sampled_from([28 * 28 * 16, 28 * 28 * 1280]))
