@@ -84,20 +84,18 @@ class SamplingParams:
     n: int = 1
     top_logprobs: int | None = None  # None: no logprobs; 0 to 20 alternatives beside the chosen token
     keep_special_tokens: bool = False  # SGLang's skip_special_tokens=false
+    # What follows from the others, told once: each step asks it of each row.
+    needs_history: bool = field(init=False, repr=False, compare=False)  # choosing a token takes all tokens before it
+    changes_logits: bool = field(init=False, repr=False, compare=False)
+    needs_best_only: bool = field(init=False, repr=False, compare=False)  # the model's greatest logit is all it takes
 
-    @property
-    def needs_history(self) -> bool:
-        """Whether choosing a token takes all tokens before it."""
-        return self.repetition_penalty != 1 or self.frequency_penalty != 0 or self.presence_penalty != 0
-
-    @property
-    def changes_logits(self) -> bool:
-        return self.needs_history or bool(self.logit_bias)
-
-    @property
-    def needs_best_only(self) -> bool:
-        """Whether the greatest logit, as the model has it, is all that choosing takes."""
-        return self.temperature == 0 and not self.changes_logits and self.top_logprobs is None
+    def __post_init__(self) -> None:
+        has_penalties = self.repetition_penalty != 1 or self.frequency_penalty != 0 or self.presence_penalty != 0
+        changes_logits = has_penalties or bool(self.logit_bias)
+        needs_best_only = self.temperature == 0 and not changes_logits and self.top_logprobs is None
+        object.__setattr__(self, "needs_history", has_penalties)
+        object.__setattr__(self, "changes_logits", changes_logits)
+        object.__setattr__(self, "needs_best_only", needs_best_only)
 
 
 @dataclass(frozen=True, slots=True)
