@@ -3,10 +3,10 @@
 Called by the runner on the lane thread, in inference mode. Must not know: sequences, pages, text. Nothing here waits
 for a GPU; settings of the rows become tensors once and are reused while the same rows are sampled.
 
-The order is that of HF and SGLang: repetition penalty, frequency and presence penalty, bias, temperature, top_k, top_p,
-min_p, draw. All filters of a row are one threshold on its logits, so tokens that tie with the last one kept are kept
-too. (HF keeps them for top_k and breaks ties arbitrarily for top_p. bf16 logits tie often, and a choice must not depend
-on how some sort orders equal numbers.)
+The order is that of HF and SGLang: repetition penalty, then what is added (frequency and presence penalty, bias), then
+temperature, top_k, top_p, min_p, draw. All filters of a row are one threshold on its logits, so tokens that tie with
+the last one kept are kept too. (HF keeps them for top_k and breaks ties arbitrarily for top_p. bf16 logits tie often,
+and a choice must not depend on how some sort orders equal numbers.)
 
 A draw is Gumbel-argmax: the greatest sum of a score and the noise of (seed, choice, position, token id).
 """
@@ -240,9 +240,11 @@ def _change(logits: torch.Tensor, rows: list[SampleRow]) -> None:
         if params.needs_history:
             assert row.seen is not None, "a row with penalties brings its tokens"
             if params.repetition_penalty != 1:
-                repeated.append((i, row.seen, np.full(len(row.seen), params.repetition_penalty)))
-            ids, counts = np.unique(row.seen[row.prompt_len :], return_counts=True)
-            generated.append((i, ids, -params.frequency_penalty * counts - params.presence_penalty))
+                ids = row.seen[row.seen < logits.shape[1]]  # mllama's image token has no logit
+                repeated.append((i, ids, np.full(len(ids), params.repetition_penalty)))
+            if params.frequency_penalty or params.presence_penalty:
+                ids, counts = np.unique(row.seen[row.prompt_len :], return_counts=True)
+                generated.append((i, ids, -params.frequency_penalty * counts - params.presence_penalty))
         if params.logit_bias:
             ids, amounts = np.array(params.logit_bias).T
             biased.append((i, ids.astype(np.int64), amounts))
@@ -261,10 +263,7 @@ def _apply(
     """Each logit becomes rule(logit, number), once however often its token is named."""
     if not changes:
         return
-    num_tokens = logits.shape[1]
-    # mllama's image token has no logit
-    changes = [(row, ids[ids < num_tokens], numbers[ids < num_tokens]) for row, ids, numbers in changes]
-    cells = np.concatenate([row * num_tokens + ids for row, ids, _ in changes])
+    cells = np.concatenate([row * logits.shape[1] + ids for row, ids, _ in changes])
     numbers = np.concatenate([numbers for _, _, numbers in changes], dtype=np.float32)
     cell, number = (to_device(torch.from_numpy(array), logits.device) for array in (cells, numbers))
     flat = logits.view(-1)

@@ -71,13 +71,16 @@ class PromptBuilder:
         self._template = template
         self._executor = executor
         self._limits = limits
-        self.vocab_size = limits.vocab_size
         self._max_token_len = max(map(len, tokenizer.vocabulary.token_bytes), default=1)
         stops = {text: tokenizer.control_id(text) for text in (template.stop if template is not None else ())}
         eos = () if tokenizer.eos_token_id is None else (tokenizer.eos_token_id,)
         by_template = [token_id for token_id in stops.values() if token_id is not None]
         self.stop_strings: tuple[str, ...] = tuple(text for text, token_id in stops.items() if token_id is None)
         self.stop_token_ids: frozenset[int] = frozenset({*eos, *generation_eos_ids, *by_template})
+
+    @property
+    def vocab_size(self) -> int:
+        return self._limits.vocab_size
 
     async def build_chat(
         self, messages: Sequence[Message], *, add_generation_prompt: bool = True, continue_final_message: bool = False

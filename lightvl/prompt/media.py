@@ -44,14 +44,15 @@ class _Record:
 
 @dataclass(frozen=True, slots=True)
 class _Source:
-    """What a client wants to be seen: an image as fetched, still encoded, no side of it over `max_side` pixels."""
+    """What a client wants to be seen: an image as fetched, no side of it over `max_side` pixels."""
 
-    encoded: EncodedImage
+    data: bytes  # still encoded
+    digest: bytes  # of both
     max_side: int | None
 
-    @property
-    def digest(self) -> bytes:
-        return self.encoded.digest + str(self.max_side).encode()
+    @staticmethod
+    def of(image: EncodedImage, max_side: int | None) -> _Source:
+        return _Source(image.data, image.digest + str(max_side).encode(), max_side)
 
 
 class Media:
@@ -108,7 +109,7 @@ class MediaLoader:
         return self._preprocess(self._decode(media.source), media.layout, media.key)
 
     async def _load_one(self, part: ImagePart, *, num_images: int) -> Media:
-        source = _Source(await self._fetcher.fetch(part.url, param=part.param), part.max_side)
+        source = _Source.of(await self._fetcher.fetch(part.url, param=part.param), part.max_side)
         is_known = True
         while True:
             record = self._records.get(source.digest)
@@ -144,7 +145,7 @@ class MediaLoader:
         self._records.put(source.digest, record)
 
     def _decode(self, source: _Source) -> RGB:
-        rgb = decode_image(source.encoded.data, max_pixels=self._max_pixels)
+        rgb = decode_image(source.data, max_pixels=self._max_pixels)
         self.counters.add("decodes")
         return rgb if source.max_side is None else shrink(rgb, source.max_side)
 

@@ -178,7 +178,7 @@ async def test_defaults(start: Start) -> None:
 
 async def test_neutral_values_count_as_absent(server: Running) -> None:
     neutral = {
-        "tools": [], "tool_choice": "none",
+        "presence_penalty": 0, "frequency_penalty": 0.0, "logit_bias": {}, "tools": [], "tool_choice": "none",
         "parallel_tool_calls": True, "functions": [], "response_format": {"type": "text"}, "modalities": ["text"],
         "store": False, "service_tier": "auto", "user": "me", "metadata": {"a": "b"}, "safety_identifier": "x",
         "prompt_cache_key": "y", "top_logprobs": 0, "logprobs": False, "n": 1, "stop": None, "reasoning_effort": None,
