@@ -373,6 +373,18 @@ def test_only_a_conclusion_weighs_more_and_not_the_end_of_a_list(tokenizer):
         assert max(weights) == pytest.approx(heavier * min(weights)), kind
 
 
+def test_a_further_turn_asks_something_else_about_what_was_spoken_of(tokenizer, monkeypatch):
+    monkeypatch.setattr(samples, "FOLLOW_UP_SHARE", 1)
+    star, ring = questions.Seen("star", (0,)), questions.Seen("ring", (1,))
+    colour = (("Which colour is the ", star, "?"), ("It is red.",))
+    size = (("How big is the ", star, "?"), ("It is small.",))
+    others = (("Which colour is the ", ring, "?"), ("It is blue.",))
+    asked, branch = iter((colour, others, size, size, others, colour)), samples.Segment()
+    samples.add_turns(samples.Writer(tokenizer), branch, colour, lambda: next(asked), random.Random(0))
+    told = tokenizer.decode(branch.ids, skip_special_tokens=False)
+    assert [part.split("<|im_end|>")[0] for part in told.split("assistant\n")[1:]] == ["It is small.", "It is red."]
+
+
 def test_a_name_that_things_of_several_images_have_looks_at_all_of_them(tokenizer):
     scene = scenes.Scene((scenes.Thing("small", "red", "star", 0),))
     writer, segment = samples.Writer(tokenizer), samples.Segment()

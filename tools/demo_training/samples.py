@@ -6,6 +6,7 @@ batch have images of the same sizes.
 """
 
 import random
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -16,14 +17,18 @@ from torch import Tensor
 from . import dialogues, questions
 from .pictures import KINDS as PICTURE_KINDS
 from .pictures import SHARES, UNIT, Facts, Picture, make_picture, pick_size, seen_size, training_picture
-from .questions import ORDINALS, Said, Seen
+from .questions import ORDINALS, Asked, Said, Seen
 from .tokenizer import OTHER_SYSTEMS, SYSTEM
 from .views import ImageGroup, OnDevice, image_group
 
 # Percent of batches beside the main one, which is "branches"; and of those without an image, which cost little.
-OTHER_KINDS = {"image_last": 8, "turns": 10, "pair": 46, "triple": 36}
+OTHER_KINDS = {"image_last": 8, "turns": 14, "pair": 44, "triple": 34}
 TEXT_KINDS = {"talk": 50, "conclusion": 50}
-NUM_BRANCHES = {"branches": 8, "turns": 6, "pair": 6, "triple": 6}  # 1 in all other kinds
+NUM_BRANCHES = {"branches": 8, "turns": 4, "pair": 6, "triple": 6}  # 1 in all other kinds
+NUM_FURTHER_TURNS = 2  # in each branch of "turns", one after the other
+# So many of them ask something else about what the turn before spoke of (the first of so many questions that does so):
+# who is rarely asked that learns to repeat the answer before
+FOLLOW_UP_SHARE, FOLLOW_UP_TRIES = 0.5, 6
 NUM_IMAGES = {"pair": 2, "triple": 3, "talk": 0, "conclusion": 0}  # one in all other kinds
 # Of the rows of a step: text costs little.
 ROWS = {"triple": 0.875, "talk": 3.0, "conclusion": 3.0}
@@ -236,10 +241,10 @@ def make_sample(
         writer.answer(first, answer, is_given=True)
         return [first]
 
-    def ask() -> questions.Asked:
+    def ask() -> Asked:
         return questions.ask_any(all_facts[0], rng) if len(all_facts) == 1 else dialogues.ask_many(all_facts, rng)
 
-    question, answer = ask()
+    question, answer = asked = ask()
     is_image_last |= kind == "turns" and rng.random() < 0.4
     if is_image_last:
         writer.add_question(first, tuple(questions.plain((part,)) for part in question))  # nothing to look at yet
@@ -252,11 +257,25 @@ def make_sample(
     branches = [Segment() for _ in range(NUM_BRANCHES[kind])]
     for branch in branches:
         if kind == "turns":
-            writer.turn(branch)
-        question, answer = ask()
-        writer.add_question(branch, question)
-        writer.answer(branch, answer)
+            add_turns(writer, branch, asked, ask, rng)
+        else:
+            question, answer = ask()
+            writer.add_question(branch, question)
+            writer.answer(branch, answer)
     return [first, *branches]
+
+
+def add_turns(writer: Writer, branch: Segment, asked: Asked, ask: Callable[[], Asked], rng: random.Random) -> None:
+    """Questions after one that was `asked`: of any kind, and often about what the one before spoke of."""
+    for _ in range(NUM_FURTHER_TURNS):
+        before, num_tries = asked, FOLLOW_UP_TRIES if rng.random() < FOLLOW_UP_SHARE else 1
+        for _ in range(num_tries):
+            asked = ask()
+            if asked[1] != before[1] and questions.shown_in(asked) & questions.shown_in(before):
+                break
+        writer.turn(branch)
+        writer.add_question(branch, asked[0])
+        writer.answer(branch, asked[1])
 
 
 def collate(samples: list[list[Segment]], images: list[ImageGroup], image_id: int) -> Batch:
