@@ -5,9 +5,9 @@
     python tools/eval_demo.py --launch "lightvl --model-path demo:mllama" --tell-order
 
 Draws pictures that training never saw and asks in wordings that it never heard (half of them streamed, several at
-once), then crops of photographs, which are to be declined. Prints right answers by kind, which word was taken for
-which, and one line of JSON for each server; `--pictures` names a file for a sheet of what went wrong. Exits 1 below a
-goal, 2 where a request failed.
+once), then crops of photographs, which are to be declined, and questions by hand about pictures that no training code
+has drawn. Prints right answers by kind, which word was taken for which, and one line of JSON for each server;
+`--pictures` names a file for a sheet of what went wrong. Exits 1 below a goal, 2 where a request failed.
 """
 
 import argparse
@@ -26,6 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bench.server import serving
+from demo_training.by_hand import questions_by_hand, second_turns
 from demo_training.cases import Case, held_out_case
 from demo_training.dialogues import IMAGE_LEADS
 from demo_training.photographs import crops
@@ -36,6 +37,8 @@ from tqdm import tqdm
 
 CELL = (260, 330)  # pixels of one failure on the sheet
 MAX_SHOWN = 60
+# Kinds that are counted apart from the held-out cases, and how they are called.
+APART = {"photograph": "photographs declined", "by_hand": "by hand", "turn_by_hand": "second turns by hand"}
 
 
 @dataclass(frozen=True)
@@ -145,11 +148,13 @@ def ask_all(url: str, args: argparse.Namespace) -> list[Outcome]:
     if len(photographs) < args.photographs:
         print("no photographs: install scikit-image, scikit-learn and matplotlib, or name --photograph-folder")
 
+    apart = [*photographs, *questions_by_hand(), *second_turns()]
+
     def one(number: int) -> Outcome:
-        case = held_out_case(args.first + number) if number < args.cases else photographs[number - args.cases]
+        case = held_out_case(args.first + number) if number < args.cases else apart[number - args.cases]
         return ask(url, model, args.first + number, case, args)
 
-    num_cases = args.cases + len(photographs)
+    num_cases = args.cases + len(apart)
     with ThreadPoolExecutor(args.concurrency) as pool:
         return list(tqdm(pool.map(one, range(num_cases)), "asking", num_cases, mininterval=5))
 
@@ -171,15 +176,16 @@ def confusions(outcomes: Sequence[Outcome]) -> Counter[tuple[str, str]]:
 
 def report(outcomes: Sequence[Outcome], show_wrong: int) -> dict:
     """Prints the tables and some wrong answers; returns the numbers."""
-    drawn = [outcome for outcome in outcomes if outcome.case.kind != "photograph"]
-    declined = [outcome.is_right for outcome in outcomes if outcome.case.kind == "photograph"]
+    drawn = [outcome for outcome in outcomes if outcome.case.kind not in APART]
+    apart = {kind: [outcome.is_right for outcome in outcomes if outcome.case.kind == kind] for kind in APART}
     asked = Counter(outcome.case.kind for outcome in drawn)
     right = Counter(outcome.case.kind for outcome in drawn if outcome.is_right)
     for kind in sorted(asked):
         print(f"{kind:15} {right[kind]:4} of {asked[kind]:4}  {100 * right[kind] / asked[kind]:5.1f}%")
     print(f"{'all':15} {right.total():4} of {len(drawn):4}  {100 * right.total() / max(1, len(drawn)):5.1f}%")
-    if declined:
-        print(f"photographs declined: {sum(declined)} of {len(declined)}  {100 * sum(declined) / len(declined):.1f}%")
+    for kind, are_right in apart.items():
+        if are_right:
+            print(f"{APART[kind]}: {sum(are_right)} of {len(are_right)}  {100 * sum(are_right) / len(are_right):.1f}%")
     print("taken for (right -> said):")
     for (wanted, got), times in confusions(outcomes).most_common(24):
         print(f"  {times:4}  {wanted or '(nothing)':14} -> {got or '(nothing)'}")
@@ -191,7 +197,7 @@ def report(outcomes: Sequence[Outcome], show_wrong: int) -> dict:
         "cases": len(drawn),
         "right": right.total(),
         "percent": round(100 * right.total() / max(1, len(drawn)), 2),
-        "photographs_declined": [sum(declined), len(declined)],
+        **{APART[kind].replace(" ", "_"): [sum(are_right), len(are_right)] for kind, are_right in apart.items()},
         "errors": sum(bool(outcome.error) for outcome in outcomes),
         "by_kind": {kind: [right[kind], asked[kind]] for kind in sorted(asked)},
     }

@@ -27,6 +27,7 @@ OUTCOMES = [
     outcome(3, "where", "The star is at the top left.", "The star is at the top."),
     outcome(4, "where", "The star is at the top.", "", "HTTPError: 500"),
     outcome(5, "photograph", "I cannot say.", "A red star."),
+    outcome(6, "by_hand", "The star is red.", "The star is red."),
 ]
 
 
@@ -49,11 +50,11 @@ def test_the_order_of_several_images_is_told_where_asked():
     assert kinds(alone, True) == ["image", "What colour?"]
 
 
-def test_the_report_counts_by_kind_and_apart_from_photographs(capsys):
+def test_the_report_counts_by_kind_and_apart_from_photographs_and_questions_by_hand(capsys):
     numbers = eval_demo.report(OUTCOMES, show_wrong=5)
     assert numbers["by_kind"] == {"colour": [1, 2], "where": [0, 2]}
     assert (numbers["cases"], numbers["right"], numbers["errors"]) == (4, 1, 1)
-    assert numbers["photographs_declined"] == [0, 1]
+    assert (numbers["photographs_declined"], numbers["by_hand"]) == ([0, 1], [1, 1])
     assert "HTTPError: 500" in capsys.readouterr().out
 
 
