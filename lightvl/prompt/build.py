@@ -88,7 +88,7 @@ class PromptBuilder:
         """Raises BadRequest for what is wrong with the messages or their images, naming the field."""
         template = self._template
         if template is None:
-            raise BadRequest("this model has no chat template: use /generate", param="messages")
+            raise BadRequest("this model has no chat template: use /v1/completions or /generate", param="messages")
         if not messages:
             raise BadRequest("messages is empty", param="messages")
         images = [part for message in messages for part in message.parts if isinstance(part, ImagePart)]
@@ -103,41 +103,43 @@ class PromptBuilder:
 
         return await self._with_images(await self._off_loop_if(num_chars > _INLINE_CHARS, encode), images, "messages")
 
-    async def build_text(self, text: str, images: Sequence[ImagePart] = ()) -> Prompt:
+    async def build_text(self, text: str, images: Sequence[ImagePart] = (), *, param: str = "text") -> Prompt:
         """A prompt as its client wrote it, special tokens included: image tokens in it are the images' slots. Without
-        any, the images come first, as the family's template writes them."""
+        any, the images come first, as the family's template writes them. `param`: the field it came in, for errors."""
         self._check_images(images)
         if not text and not images:
-            raise BadRequest("the prompt is empty", param="text")
+            raise BadRequest("the prompt is empty", param=param)
         image_token = self.tokenizer.image_token
         pieces = text.split(image_token) if image_token is not None else [text]
         if len(pieces) == 1 and images:
             start, rest = self._split_bos(text)
             segments: list[Segment] = [Control(start), *self._images_in_front(len(images)), Control(rest)]
         else:
-            self._check_slots(len(pieces) - 1, images, param="text")
+            self._check_slots(len(pieces) - 1, images, param=param)
             segments = [Control(pieces[0])]
             for piece in pieces[1:]:
                 segments += [ImageSlot(), Control(piece)]
-        ids = await self._off_loop_if(len(text) > _INLINE_CHARS, lambda: self._encode(segments, "text", bos=False))
-        return await self._with_images(ids, images, "text")
+        ids = await self._off_loop_if(len(text) > _INLINE_CHARS, lambda: self._encode(segments, param, bos=False))
+        return await self._with_images(ids, images, param)
 
-    async def build_ids(self, token_ids: Sequence[int], images: Sequence[ImagePart] = ()) -> Prompt:
+    async def build_ids(
+        self, token_ids: Sequence[int], images: Sequence[ImagePart] = (), *, param: str = "input_ids"
+    ) -> Prompt:
         """Taken as they are, but for images without a slot, which come first (after BOS)."""
         self._check_images(images)
         ids = list(token_ids)
         image_token_id = self._family.image_token_id
         if any(not 0 <= token_id < self.vocab_size for token_id in set(ids) - {image_token_id}):
-            raise BadRequest(f"input_ids must be from 0 to {self.vocab_size - 1}", param="input_ids")
+            raise BadRequest(f"{param} must be from 0 to {self.vocab_size - 1}", param=param)
         num_slots = 0 if image_token_id is None else ids.count(image_token_id)
         if num_slots == 0 and images:
-            front = self._encode(self._images_in_front(len(images)), "input_ids", bos=False)
+            front = self._encode(self._images_in_front(len(images)), param, bos=False)
             front = [token_id for token_id in front if token_id != self.tokenizer.bos_token_id]
             num_bos = 1 if ids and ids[0] == self.tokenizer.bos_token_id else 0
             ids[num_bos:num_bos] = front
         else:
-            self._check_slots(num_slots, images, param="input_ids")
-        return await self._with_images(ids, images, "input_ids")
+            self._check_slots(num_slots, images, param=param)
+        return await self._with_images(ids, images, param)
 
     def text_of(self, prompt: Prompt) -> str:
         """As the model reads it, control tokens spelled out and each image as one image token."""

@@ -21,6 +21,7 @@ from lightvl.errors import ConfigError
 from lightvl.metrics import Metrics
 from lightvl.server import admin, tokens
 from lightvl.server.chat import chat_completions
+from lightvl.server.completions import completions
 from lightvl.server.generate import generate
 from lightvl.server.greeting import greeting
 from lightvl.server.middleware import make_middleware
@@ -40,6 +41,7 @@ Endpoint = Callable[[Context, web.Request], Awaitable[web.StreamResponse]]
 _WORK: dict[str, Endpoint] = {
     "/v1/chat/completions": chat_completions,
     "/v1/chat/completions/render": tokens.render,
+    "/v1/completions": completions,
     "/v1/tokenize": tokens.tokenize,
     "/v1/detokenize": tokens.detokenize,
     "/generate": generate,

@@ -13,9 +13,10 @@ from lightvl.core import Delta, Finish, ImagePart, Message, Prompt, Role, Sampli
 from lightvl.errors import BadRequest
 from lightvl.server import sse
 from lightvl.server.body import read_body, refuse_unserved
-from lightvl.server.params import fit, positive, sampling_params, top_logprobs
-from lightvl.server.run import Run
+from lightvl.server.params import fit, positive, sampling_params, top_logprobs, usage_in_stream
+from lightvl.server.run import Run, content_logprobs
 from lightvl.server.schema import (
+    LEAST_LOGPROB,
     UNSERVED_CHAT,
     UNSERVED_MESSAGE,
     ChatChoice,
@@ -39,8 +40,6 @@ _ROLES: dict[str, Role] = {
     "assistant": "assistant",
     "tool": "tool",
 }
-_LEAST_LOGPROB = -9999.0
-"""OpenAI's stand-in for minus infinity, which JSON has no word for."""
 _LOW_DETAIL_SIDE = 512
 """In pixels: what OpenAI's `detail: low` makes of a larger image. Any other is seen as large as the model takes it."""
 
@@ -58,7 +57,7 @@ async def chat_completions(context: Context, request: web.Request) -> web.Stream
     with Run(context, completion_id, prompt, params, started=started) as run:
         if not wire.stream:
             return await _whole(run, service.info.served_name)
-        with_usage = wire.stream_options is not None and bool(wire.stream_options.include_usage)
+        with_usage = usage_in_stream(wire.stream, wire.stream_options)
         return await sse.stream(request, _chunks(run, service.info.served_name, with_usage))
 
 
@@ -77,8 +76,7 @@ def check(context: Context, wire: ChatRequest) -> SamplingParams:
     info = context.service.info
     check_model(info, wire.model)
     refuse_unserved(wire, UNSERVED_CHAT)
-    if wire.stream_options is not None and not wire.stream:
-        raise BadRequest("'stream_options' is only allowed when 'stream' is true.", param="stream_options")
+    usage_in_stream(wire.stream, wire.stream_options)
     old, new = positive(wire.max_tokens, "max_tokens"), positive(wire.max_completion_tokens, "max_completion_tokens")
     if old is not None and new is not None and old != new:
         raise BadRequest(
@@ -129,22 +127,16 @@ def _part(wire: TextContent | ImageContent, path: str) -> TextPart | ImagePart:
 
 
 async def _whole(run: Run, model: str) -> web.Response:
-    texts: list[list[str]] = [[] for _ in range(run.params.n)]
-    logprobs: list[list[TokenLogprob]] = [[] for _ in range(run.params.n)]
-    async for delta in run.generation:
-        run.note(delta)
-        texts[delta.choice].append(delta.text)
-        logprobs[delta.choice] += _content_logprobs(delta)
     prompts = run.context.service.prompts
     choices = [
         ChatChoice(
             index=choice,
-            message=ReplyMessage(content="".join(texts[choice])),
-            logprobs=_choice_logprobs(prompts, logprobs[choice]) if run.params.top_logprobs is not None else None,
+            message=ReplyMessage(content=text),
+            logprobs=_choice_logprobs(prompts, logprobs) if run.params.top_logprobs is not None else None,
             finish_reason=run.finishes[choice].reason,
             matched_stop=run.finishes[choice].matched_stop,
         )
-        for choice in range(run.params.n)
+        for choice, (text, logprobs) in enumerate(await run.whole())
     ]
     reply = ChatCompletion(id=run.request_id, created=int(time.time()), model=model, choices=choices, usage=run.usage())
     return web.Response(body=_encode(reply), content_type="application/json", charset="utf-8")
@@ -164,7 +156,7 @@ async def _chunks(run: Run, model: str, with_usage: bool) -> AsyncGenerator[byte
 
 def _delta_chunks(template: ChunkTemplate, prompts: PromptBuilder, delta: Delta) -> bytes:
     """One write for all that a delta tells; nothing for tokens whose text is still held back."""
-    entries = _content_logprobs(delta)
+    entries = content_logprobs(delta)
     logprobs = _encode(_choice_logprobs(prompts, entries)) if entries else b"null"
     data = template.text(delta.choice, delta.text, logprobs) if delta.text or entries else b""
     return data if delta.finish is None else data + template.finish(delta.choice, delta.finish)
@@ -204,12 +196,6 @@ class ChunkTemplate:
         )
 
 
-def _content_logprobs(delta: Delta) -> list[TokenLogprob]:
-    """Without the stop token, which is no part of the content; it comes in the delta that ends the choice."""
-    is_stopped = delta.finish is not None and isinstance(delta.finish.matched_stop, int)
-    return delta.logprobs[:-1] if is_stopped else delta.logprobs
-
-
 def _choice_logprobs(prompts: PromptBuilder, logprobs: list[TokenLogprob]) -> ChoiceLogprobs:
     return ChoiceLogprobs([_logprob_entry(prompts, entry) for entry in logprobs])
 
@@ -217,10 +203,10 @@ def _choice_logprobs(prompts: PromptBuilder, logprobs: list[TokenLogprob]) -> Ch
 def _logprob_entry(prompts: PromptBuilder, entry: TokenLogprob) -> TokenLogprobEntry:
     return TokenLogprobEntry(
         token=prompts.token_text(entry.token_id),
-        logprob=max(entry.logprob, _LEAST_LOGPROB),
+        logprob=max(entry.logprob, LEAST_LOGPROB),
         bytes=list(prompts.token_bytes(entry.token_id)),
         top_logprobs=[
-            TopLogprob(prompts.token_text(token_id), max(logprob, _LEAST_LOGPROB), list(prompts.token_bytes(token_id)))
+            TopLogprob(prompts.token_text(token_id), max(logprob, LEAST_LOGPROB), list(prompts.token_bytes(token_id)))
             for token_id, logprob in entry.top
         ],
     )

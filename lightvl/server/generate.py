@@ -16,7 +16,7 @@ from lightvl.core import Delta, Finish, ImagePart, Prompt, SamplingParams, Token
 from lightvl.errors import BadRequest
 from lightvl.server import sse
 from lightvl.server.body import read_body, refuse_unserved
-from lightvl.server.params import fit, positive, sampling_params, top_logprobs
+from lightvl.server.params import batch_refused, fit, positive, sampling_params, top_logprobs
 from lightvl.server.run import Run
 from lightvl.server.schema import (
     UNSERVED_GENERATE,
@@ -56,17 +56,10 @@ def _check(context: Context, wire: GenerateRequest) -> SamplingParams:
     refuse_unserved(wire, UNSERVED_GENERATE)
     if (wire.text is None) == (wire.input_ids is None):
         raise BadRequest("Exactly one of 'text' and 'input_ids' is needed.", param="text")
-    for name, batch in (
-        ("text", isinstance(wire.text, list)),
-        ("input_ids", wire.input_ids is not None and any(isinstance(item, list) for item in wire.input_ids)),
-    ):
-        if batch:
-            raise BadRequest(
-                f"'{name}' holds a batch, which is not supported; send one request per prompt: "
-                "simultaneous requests are batched by the server.",
-                param=name,
-                code="unsupported_parameter",
-            )
+    if isinstance(wire.text, list):
+        raise batch_refused("text")
+    if wire.input_ids is not None and any(isinstance(item, list) for item in wire.input_ids):
+        raise batch_refused("input_ids")
     if wire.input_ids is not None and not (wire.input_ids and all(type(i) is int and i >= 0 for i in wire.input_ids)):
         raise BadRequest("'input_ids' must be a list of token ids, at least one.", param="input_ids")
     fields = wire.sampling_params or GenerateSampling()
@@ -89,9 +82,9 @@ async def _build(prompts: PromptBuilder, wire: GenerateRequest) -> Prompt:
     else:
         images = [ImagePart(url, f"image_data[{i}]") for i, url in enumerate(wire.image_data or ())]
     if wire.input_ids is not None:
-        return await prompts.build_ids(wire.input_ids, images)
+        return await prompts.build_ids(wire.input_ids, images, param="input_ids")
     assert isinstance(wire.text, str)
-    return await prompts.build_text(wire.text, images)
+    return await prompts.build_text(wire.text, images, param="text")
 
 
 async def _events(run: Run, answers: list[_Answer]) -> AsyncGenerator[bytes, None]:

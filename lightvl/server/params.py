@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from lightvl.core import SamplingParams
 from lightvl.errors import BadRequest, ContextLengthExceeded
-from lightvl.server.schema import SamplingFields
+from lightvl.server.schema import SamplingFields, StreamOptions
 from lightvl.server.service import PromptBuilder
 
 MAX_CHOICES = 16
@@ -104,6 +104,22 @@ def positive(value: int | None, name: str) -> int | None:
             f"Invalid value for '{name}': expected a positive integer, got {value}.", param=name, code="invalid_value"
         )
     return value
+
+
+def usage_in_stream(stream: bool | None, options: StreamOptions | None) -> bool:
+    """Whether the last event of a stream is to tell the usage. Raises BadRequest for options without a stream."""
+    if options is not None and not stream:
+        raise BadRequest("'stream_options' is only allowed when 'stream' is true.", param="stream_options")
+    return options is not None and bool(options.include_usage)
+
+
+def batch_refused(name: str) -> BadRequest:
+    return BadRequest(
+        f"'{name}' holds a batch, which is not supported; send one request per prompt: "
+        "simultaneous requests are batched by the server.",
+        param=name,
+        code="unsupported_parameter",
+    )
 
 
 def top_logprobs(wanted: bool | None, num: int | None, wanted_name: str, num_name: str) -> int | None:

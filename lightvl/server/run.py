@@ -8,12 +8,18 @@ import logging
 import time
 from types import TracebackType
 
-from lightvl.core import Delta, Finish, Prompt, SamplingParams
+from lightvl.core import Delta, Finish, Prompt, SamplingParams, TokenLogprob
 from lightvl.log import RequestLine
 from lightvl.server.schema import PromptTokensDetails, Usage
 from lightvl.server.service import Context
 
 log = logging.getLogger(__name__)
+
+
+def content_logprobs(delta: Delta) -> list[TokenLogprob]:
+    """Without the stop token, which is no part of the content; it comes in the delta that ends the choice."""
+    is_stopped = delta.finish is not None and isinstance(delta.finish.matched_stop, int)
+    return delta.logprobs[:-1] if is_stopped else delta.logprobs
 
 
 class Run:
@@ -45,6 +51,16 @@ class Run:
                 self._ttft_s = time.monotonic() - self._started
         if delta.finish is not None:
             self.finishes[delta.choice] = delta.finish
+
+    async def whole(self) -> list[tuple[str, list[TokenLogprob]]]:
+        """Waits for the end of all choices; the text of each and its tokens' logprobs."""
+        texts: list[list[str]] = [[] for _ in range(self.params.n)]
+        logprobs: list[list[TokenLogprob]] = [[] for _ in range(self.params.n)]
+        async for delta in self.generation:
+            self.note(delta)
+            texts[delta.choice].append(delta.text)
+            logprobs[delta.choice] += content_logprobs(delta)
+        return [("".join(parts), entries) for parts, entries in zip(texts, logprobs, strict=True)]
 
     @property
     def cached_tokens(self) -> int:

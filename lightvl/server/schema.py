@@ -118,6 +118,25 @@ class ChatRequest(SamplingFields, kw_only=True):
     lora_path: Any = None
 
 
+class CompletionRequest(SamplingFields, kw_only=True):
+    """OpenAI's older endpoint, one prompt per request: a text or token ids, or a list of one of these."""
+
+    prompt: str | list[str | int | list[int]]
+    model: str | None = None
+    max_tokens: int | None = None
+    logprobs: int | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    user: str | None = None  # accepted: it only labels the request
+    # known, not served
+    suffix: Any = None
+    echo: Any = None
+    best_of: Any = None
+    min_tokens: Any = None
+    response_format: Any = None
+    lora_path: Any = None
+
+
 class TokenizeRequest(Struct, kw_only=True, forbid_unknown_fields=True):
     prompt: str
     model: str | None = None
@@ -148,6 +167,17 @@ UNSERVED_CHAT: dict[str, tuple[Any, ...]] = {
     "service_tier": ("auto", "default"),
     "min_tokens": (0,),
     "chat_template_kwargs": ({},),
+    "lora_path": (),
+}
+
+
+UNSERVED_COMPLETION: dict[str, tuple[Any, ...]] = {
+    **UNSERVED_SAMPLING,
+    "suffix": ("",),
+    "echo": (False,),
+    "best_of": (1,),
+    "min_tokens": (0,),
+    "response_format": ({"type": "text"},),
     "lora_path": (),
 }
 
@@ -214,6 +244,10 @@ UNSERVED_GENERATE: dict[str, tuple[Any, ...]] = {
 # --- replies ----------------------------------------------------------------------------------------------------------
 
 
+LEAST_LOGPROB = -9999.0
+"""OpenAI's stand-in for minus infinity, which JSON has no word for."""
+
+
 class TopLogprob(Struct):
     token: str
     logprob: float
@@ -266,6 +300,34 @@ class ChatCompletion(Struct, kw_only=True):
     model: str
     choices: list[ChatChoice]
     usage: Usage
+
+
+class CompletionLogprobs(Struct):
+    """One item for each token."""
+
+    tokens: list[str]
+    token_logprobs: list[float]
+    top_logprobs: list[dict[str, float]]  # the token that was drawn among them
+    text_offset: list[int]  # where the token begins in the choice's text, in characters
+
+
+class CompletionChoice(Struct):
+    index: int
+    text: str
+    logprobs: CompletionLogprobs | None
+    finish_reason: str | None
+    matched_stop: int | str | None
+
+
+class Completion(Struct, kw_only=True):
+    """A whole reply, or one event of a stream."""
+
+    id: str
+    object: str = "text_completion"
+    created: int
+    model: str
+    choices: list[CompletionChoice]
+    usage: Usage | UnsetType | None = UNSET
 
 
 class GenerateReply(Struct):

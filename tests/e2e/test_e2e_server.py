@@ -80,6 +80,23 @@ def test_openai_client(name: str, request: pytest.FixtureRequest) -> None:
     assert [chunk.choices[0].finish_reason for chunk in chunks if chunk.choices][-1] == whole.choices[0].finish_reason
 
 
+def test_a_rendered_chat_goes_on_as_the_chat_itself(demo: Running) -> None:
+    messages: Any = [{"role": "user", "content": "What can you do?"}]
+    rendered = requests.post(f"{demo.url}/v1/chat/completions/render", json={"messages": messages}, timeout=60).json()
+    client = openai.OpenAI(base_url=f"{demo.url}/v1", api_key="None")
+    reply = client.chat.completions.create(model=demo.model, messages=messages, max_tokens=40, temperature=0)
+    fields: Any = {"model": demo.model, "prompt": rendered["prompt"], "max_tokens": 40, "temperature": 0, "logprobs": 1}
+    whole, chunks = client.completions.create(**fields), list(client.completions.create(**fields, stream=True))
+    assert whole.choices[0].text == reply.choices[0].message.content
+    assert "".join(chunk.choices[0].text for chunk in chunks) == whole.choices[0].text
+    assert whole.usage.prompt_tokens == reply.usage.prompt_tokens == rendered["prompt_tokens"]  # type: ignore[union-attr]
+    told = whole.choices[0].logprobs
+    assert told is not None and "".join(told.tokens or ()) == whole.choices[0].text
+    assert all(
+        whole.choices[0].text[at:].startswith(token) for at, token in zip(told.text_offset, told.tokens, strict=True)
+    )  # type: ignore[arg-type]
+
+
 def test_curl_without_a_content_type(mllama: Running) -> None:
     body = json.dumps(
         {

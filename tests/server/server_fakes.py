@@ -40,11 +40,11 @@ class FakePrompts:
         self.last_text = next((part.text for part in reversed(parts) if isinstance(part, TextPart)), "")
         return await self._prompt([ord(c) for c in text], [part for part in parts if isinstance(part, ImagePart)])
 
-    async def build_text(self, text: str, images: Sequence[ImagePart]) -> Prompt:
+    async def build_text(self, text: str, images: Sequence[ImagePart] = (), *, param: str) -> Prompt:
         self.last_text = text
         return await self._prompt([ord(c) for c in text], list(images))
 
-    async def build_ids(self, token_ids: Sequence[int], images: Sequence[ImagePart]) -> Prompt:
+    async def build_ids(self, token_ids: Sequence[int], images: Sequence[ImagePart] = (), *, param: str) -> Prompt:
         self.last_text = "".join(map(chr, token_ids))
         return await self._prompt(list(token_ids), list(images))
 
