@@ -70,6 +70,7 @@ class SamplingParams:
     """How to choose tokens, complete: model defaults, EOS and the template's stops are merged in by the server."""
 
     max_tokens: int
+    min_tokens: int = 0  # of `stop_token_ids` none is chosen before so many tokens; stop strings end an answer any time
     temperature: float = 1.0  # 0: greedy
     top_p: float = 1.0
     top_k: int = 0  # 0: off
@@ -91,7 +92,7 @@ class SamplingParams:
 
     def __post_init__(self) -> None:
         has_penalties = self.repetition_penalty != 1 or self.frequency_penalty != 0 or self.presence_penalty != 0
-        changes_logits = has_penalties or bool(self.logit_bias)
+        changes_logits = has_penalties or bool(self.logit_bias) or self.min_tokens > 0
         needs_best_only = self.temperature == 0 and not changes_logits and self.top_logprobs is None
         object.__setattr__(self, "needs_history", has_penalties)
         object.__setattr__(self, "changes_logits", changes_logits)

@@ -3,10 +3,10 @@
 Called by the runner on the lane thread, in inference mode. Must not know: sequences, pages, text. Nothing here waits
 for a GPU; settings of the rows become tensors once and are reused while the same rows are sampled.
 
-The order is that of HF and SGLang: repetition penalty, then what is added (frequency and presence penalty, bias), then
-temperature, top_k, top_p, min_p, draw. All filters of a row are one threshold on its logits, so tokens that tie with
-the last one kept are kept too. (HF keeps them for top_k and breaks ties arbitrarily for top_p. bf16 logits tie often,
-and a choice must not depend on how some sort orders equal numbers.)
+The order is that of HF and SGLang: repetition penalty, then what is added (frequency and presence penalty, bias, minus
+infinity where it is too early to stop), then temperature, top_k, top_p, min_p, draw. All filters of a row are one
+threshold on its logits, so tokens that tie with the last one kept are kept too. (HF keeps them for top_k and breaks
+ties arbitrarily for top_p. bf16 logits tie often, and a choice must not depend on how some sort orders equal numbers.)
 
 A draw is Gumbel-argmax: the greatest sum of a score and the noise of (seed, choice, position, token id).
 """
@@ -45,7 +45,7 @@ class SampleRow:
     choice: int
     position: int  # index of the token being sampled in its sequence: prompt and earlier outputs lie before it
     seen: np.ndarray[Any, np.dtype[np.int64]] | None = None  # prompt and outputs; where `params.needs_history`
-    prompt_len: int = 0  # tokens of `seen` that were not generated
+    prompt_len: int = 0  # tokens before `position` that were not generated
 
 
 @dataclass(slots=True)
@@ -231,10 +231,11 @@ _Change = tuple[int, np.ndarray[Any, Any], np.ndarray[Any, Any]]  # row, token i
 
 def _change(logits: torch.Tensor, rows: list[SampleRow]) -> None:
     """In place: the repetition penalty as HF has it, of all tokens; then what OpenAI's API adds, penalties of generated
-    tokens alone (https://platform.openai.com/docs/api-reference/chat/create)."""
+    tokens alone (https://platform.openai.com/docs/api-reference/chat/create); then no stop before `min_tokens`."""
     repeated: list[_Change] = []
     generated: list[_Change] = []
     biased: list[_Change] = []
+    banned: list[_Change] = []
     for i, row in enumerate(rows):
         params = row.params
         if params.needs_history:
@@ -248,9 +249,13 @@ def _change(logits: torch.Tensor, rows: list[SampleRow]) -> None:
         if params.logit_bias:
             ids, amounts = np.array(params.logit_bias).T
             biased.append((i, ids.astype(np.int64), amounts))
+        if row.position - row.prompt_len < params.min_tokens:
+            ids = np.array([token_id for token_id in params.stop_token_ids if token_id < logits.shape[1]], np.int64)
+            banned.append((i, ids, np.full(len(ids), -np.inf)))
     _apply(_penalised, logits, repeated)
     _apply(torch.add, logits, generated)
     _apply(torch.add, logits, biased)
+    _apply(torch.add, logits, banned)
 
 
 def _penalised(values: torch.Tensor, penalty: torch.Tensor) -> torch.Tensor:

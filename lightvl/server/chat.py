@@ -13,7 +13,7 @@ from lightvl.core import Delta, Finish, ImagePart, Message, Prompt, Role, Sampli
 from lightvl.errors import BadRequest
 from lightvl.server import sse
 from lightvl.server.body import read_body, refuse_unserved
-from lightvl.server.params import fit, positive, sampling_params, top_logprobs, usage_in_stream
+from lightvl.server.params import at_most, fit, positive, sampling_params, top_logprobs, usage_in_stream
 from lightvl.server.run import Run, content_logprobs
 from lightvl.server.schema import (
     LEAST_LOGPROB,
@@ -83,9 +83,11 @@ def check(context: Context, wire: ChatRequest) -> SamplingParams:
             f"'max_tokens' ({old}) and 'max_completion_tokens' ({new}) differ; set only one of them.",
             param="max_tokens",
         )
+    max_tokens = old if new is None else new
     return sampling_params(
         wire,
-        max_tokens=old if new is None else new,
+        max_tokens=max_tokens,
+        min_tokens=at_most(max_tokens, wire.min_tokens, "min_tokens"),
         top_logprobs=top_logprobs(wire.logprobs, wire.top_logprobs, "logprobs", "top_logprobs"),
         defaults=info.sampling_defaults,
         prompts=context.service.prompts,

@@ -14,7 +14,7 @@ from lightvl.core import Finish, Prompt, SamplingParams, TokenLogprob
 from lightvl.errors import BadRequest
 from lightvl.server import sse
 from lightvl.server.body import read_body, refuse_unserved
-from lightvl.server.params import batch_refused, fit, positive, sampling_params, top_logprobs, usage_in_stream
+from lightvl.server.params import at_most, batch_refused, fit, positive, sampling_params, top_logprobs, usage_in_stream
 from lightvl.server.run import Run, content_logprobs
 from lightvl.server.schema import (
     LEAST_LOGPROB,
@@ -59,10 +59,11 @@ def _check(context: Context, wire: CompletionRequest) -> SamplingParams:
     check_model(info, wire.model)
     refuse_unserved(wire, UNSERVED_COMPLETION)
     usage_in_stream(wire.stream, wire.stream_options)
-    max_tokens = positive(wire.max_tokens, "max_tokens")
+    max_tokens = positive(wire.max_tokens, "max_tokens") or DEFAULT_MAX_TOKENS
     return sampling_params(
         wire,
-        max_tokens=DEFAULT_MAX_TOKENS if max_tokens is None else max_tokens,
+        max_tokens=max_tokens,
+        min_tokens=at_most(max_tokens, wire.min_tokens, "min_tokens"),
         top_logprobs=top_logprobs(wire.logprobs is not None, wire.logprobs, "logprobs", "logprobs"),
         defaults=info.sampling_defaults,
         prompts=context.service.prompts,

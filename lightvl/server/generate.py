@@ -16,7 +16,7 @@ from lightvl.core import Delta, Finish, ImagePart, Prompt, SamplingParams, Token
 from lightvl.errors import BadRequest
 from lightvl.server import sse
 from lightvl.server.body import read_body, refuse_unserved
-from lightvl.server.params import batch_refused, fit, positive, sampling_params, top_logprobs
+from lightvl.server.params import at_most, batch_refused, fit, positive, sampling_params, top_logprobs
 from lightvl.server.run import Run
 from lightvl.server.schema import (
     UNSERVED_GENERATE,
@@ -64,10 +64,11 @@ def _check(context: Context, wire: GenerateRequest) -> SamplingParams:
         raise BadRequest("'input_ids' must be a list of token ids, at least one.", param="input_ids")
     fields = wire.sampling_params or GenerateSampling()
     refuse_unserved(fields, UNSERVED_GENERATE_SAMPLING, "sampling_params.")
-    max_new_tokens = positive(fields.max_new_tokens, "sampling_params.max_new_tokens")
+    max_new_tokens = positive(fields.max_new_tokens, "sampling_params.max_new_tokens") or DEFAULT_MAX_NEW_TOKENS
     return sampling_params(
         fields,
-        max_tokens=DEFAULT_MAX_NEW_TOKENS if max_new_tokens is None else max_new_tokens,
+        max_tokens=max_new_tokens,
+        min_tokens=at_most(max_new_tokens, fields.min_new_tokens, "sampling_params.min_new_tokens"),
         top_logprobs=top_logprobs(wire.return_logprob, wire.top_logprobs_num, "return_logprob", "top_logprobs_num"),
         defaults=context.service.info.sampling_defaults,
         prompts=context.service.prompts,

@@ -27,14 +27,15 @@ def sampling_params(
     fields: SamplingFields,
     *,
     max_tokens: int | None,
+    min_tokens: int,
     top_logprobs: int | None,
     defaults: Mapping[str, float | int],
     prompts: PromptBuilder,
     seeds: random.Random,
     prefix: str = "",
 ) -> SamplingParams:
-    """`prefix` stands before field names in errors. `max_tokens` and `top_logprobs` are checked by the caller, which
-    knows the names that they have on its wire. Raises BadRequest."""
+    """`prefix` stands before field names in errors. `max_tokens`, `min_tokens` and `top_logprobs` are checked by
+    the caller, which knows the names that they have on its wire. Raises BadRequest."""
 
     def number(name: str, fallback: float) -> float:
         value = getattr(fields, name)
@@ -81,6 +82,7 @@ def sampling_params(
         stop_ids |= prompts.stop_token_ids
     return SamplingParams(
         max_tokens=TO_CONTEXT_END if max_tokens is None else max_tokens,
+        min_tokens=min_tokens,
         temperature=temperature,
         top_p=top_p,
         top_k=max(top_k, 0),
@@ -104,6 +106,16 @@ def positive(value: int | None, name: str) -> int | None:
             f"Invalid value for '{name}': expected a positive integer, got {value}.", param=name, code="invalid_value"
         )
     return value
+
+
+def at_most(max_tokens: int | None, value: int | None, name: str) -> int:
+    """The `SamplingParams.min_tokens` of a field, in a request for `max_tokens`."""
+    if value is not None and (value < 0 or (max_tokens is not None and value > max_tokens)):
+        expected = "0 or more" if max_tokens is None else f"from 0 to the largest number of tokens, {max_tokens}"
+        raise BadRequest(
+            f"Invalid value for '{name}': expected {expected}, got {value}.", param=name, code="invalid_value"
+        )
+    return value or 0
 
 
 def usage_in_stream(stream: bool | None, options: StreamOptions | None) -> bool:

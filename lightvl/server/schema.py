@@ -88,6 +88,7 @@ class ChatRequest(SamplingFields, kw_only=True):
     model: str | None = None
     max_tokens: int | None = None
     max_completion_tokens: int | None = None
+    min_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None
     stream: bool | None = None
@@ -113,7 +114,6 @@ class ChatRequest(SamplingFields, kw_only=True):
     web_search_options: Any = None
     store: Any = None
     service_tier: Any = None
-    min_tokens: Any = None
     chat_template_kwargs: Any = None
     lora_path: Any = None
 
@@ -124,6 +124,7 @@ class CompletionRequest(SamplingFields, kw_only=True):
     prompt: str | list[str | int | list[int]]
     model: str | None = None
     max_tokens: int | None = None
+    min_tokens: int | None = None
     logprobs: int | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
@@ -132,7 +133,6 @@ class CompletionRequest(SamplingFields, kw_only=True):
     suffix: Any = None
     echo: Any = None
     best_of: Any = None
-    min_tokens: Any = None
     response_format: Any = None
     lora_path: Any = None
 
@@ -165,7 +165,6 @@ UNSERVED_CHAT: dict[str, tuple[Any, ...]] = {
     "web_search_options": (),
     "store": (False,),
     "service_tier": ("auto", "default"),
-    "min_tokens": (0,),
     "chat_template_kwargs": ({},),
     "lora_path": (),
 }
@@ -176,7 +175,6 @@ UNSERVED_COMPLETION: dict[str, tuple[Any, ...]] = {
     "suffix": ("",),
     "echo": (False,),
     "best_of": (1,),
-    "min_tokens": (0,),
     "response_format": ({"type": "text"},),
     "lora_path": (),
 }
@@ -184,8 +182,8 @@ UNSERVED_COMPLETION: dict[str, tuple[Any, ...]] = {
 
 class GenerateSampling(SamplingFields, kw_only=True):
     max_new_tokens: int | None = None
+    min_new_tokens: int | None = None
     # known, not served
-    min_new_tokens: Any = None
     json_schema: Any = None
     structural_tag: Any = None
     spaces_between_special_tokens: Any = None
@@ -194,7 +192,6 @@ class GenerateSampling(SamplingFields, kw_only=True):
 
 UNSERVED_GENERATE_SAMPLING: dict[str, tuple[Any, ...]] = {
     **UNSERVED_SAMPLING,
-    "min_new_tokens": (0,),
     "json_schema": (),
     "structural_tag": (),
     "spaces_between_special_tokens": (True,),

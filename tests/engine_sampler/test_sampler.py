@@ -108,6 +108,17 @@ def test_a_bias_bans_a_token_or_makes_it_the_only_one():
     assert not rows[0].params.needs_best_only and rows[1].params.needs_best_only
 
 
+def test_no_stop_token_is_chosen_before_the_least_number_of_tokens():
+    logits = torch.tensor([[9.0, 8.0, 7.0]])
+    early = {"min_tokens": 3, "stop_token_ids": frozenset({0, 3}), "logit_bias": ((0, 100.0),), "prompt_len": 5}
+    for temperature in (0.0, 0.1):
+        by_position = [
+            tokens_of(logits, [row(position, temperature=temperature, **early)])[0] for position in range(5, 10)
+        ]
+        assert by_position == [1, 1, 1, 0, 0]
+    assert not row(**early).params.needs_best_only
+
+
 def test_greedy_ties_give_the_first_token_in_any_company():
     logits = torch.zeros(3, 50)
     logits[:, [11, 30, 49]] = 2.0
@@ -302,6 +313,7 @@ MIXED = [
     {"seed": 7, "top_logprobs": 3},
     {"seed": 8, "frequency_penalty": 0.5, "presence_penalty": 0.2, "seen": [3, 7, 7, 9], "prompt_len": 1},
     {"seed": 9, "temperature": 0.0, "logit_bias": ((11, 3.0), (12, -1.5))},
+    {"seed": 9, "min_tokens": 60, "stop_token_ids": frozenset(range(0, 1500, 2))},
 ]
 
 

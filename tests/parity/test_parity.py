@@ -231,6 +231,28 @@ async def test_penalties_count_every_token(
             assert token_id == best.indices[0], f"output {step} is another token"
 
 
+@pytest.mark.parametrize("max_steps", [1, 2])
+async def test_an_answer_goes_on_to_its_least_number_of_tokens(oracle_of: GetOracle, max_steps: int) -> None:
+    oracle = oracle_of("qwen2")
+    turns = question(0, 1)
+    prompt_ids, _ = oracle.prepare(turns)
+    async with serving(oracle) as service:
+        scheduler = service.engine._scheduler
+        scheduler.limits = replace(scheduler.limits, max_steps_in_flight=max_steps)
+        plain = (await ask(service, turns, max_tokens=20))[0].token_ids
+        stops = frozenset(plain[3:5])
+        short = (await ask(service, turns, max_tokens=20, stop_token_ids=stops))[0].token_ids
+        long = (await ask(service, turns, max_tokens=20, min_tokens=12, stop_token_ids=stops))[0].token_ids
+    assert len(short) <= 4 and len(long) > 12 and not stops & set(long[:12])
+    for step, token_id in enumerate(long):
+        allowed = _raw_logits(oracle, prompt_ids + long[:step])
+        if step < 12:
+            allowed[list(stops)] = -torch.inf
+        best = allowed.topk(2)
+        if best.values[0] - best.values[1] > 2e-3:
+            assert token_id == best.indices[0], f"output {step} is another token"
+
+
 @torch.no_grad()
 def _raw_logits(oracle: Oracle, ids: list[int]) -> torch.Tensor:
     logits: torch.Tensor = oracle.model(input_ids=torch.tensor([ids]), use_cache=False).logits[0, -1].float()

@@ -150,7 +150,7 @@ async def test_params_reach_the_engine(server: Running) -> None:
     fields = dict(
         temperature=0.5, top_p=0.9, top_k=40, min_p=0.1, repetition_penalty=1.1, seed=-1, stop=["a", "b", "a"], n=2,
         frequency_penalty=-0.5, presence_penalty=2, logit_bias={"0": -100, "999": 2.5}, unheard_of=None,
-        logprobs=True, top_logprobs=5, skip_special_tokens=False, stop_token_ids=[11], max_tokens=9,
+        logprobs=True, top_logprobs=5, skip_special_tokens=False, stop_token_ids=[11], max_tokens=9, min_tokens=9,
     )  # fmt: skip
     assert (await server.chat(**fields))[0] == 200
     (params,) = server.service.engine.params
@@ -159,7 +159,7 @@ async def test_params_reach_the_engine(server: Running) -> None:
     assert (params.frequency_penalty, params.presence_penalty) == (-0.5, 2)
     assert params.logit_bias == ((0, -100), (999, 2.5))
     assert params.stop == ("a", "b", "<end>") and params.stop_token_ids == {7, 11}
-    assert params.keep_special_tokens and params.max_tokens == 9
+    assert params.keep_special_tokens and params.max_tokens == params.min_tokens == 9
 
 
 async def test_defaults(start: Start) -> None:

@@ -97,6 +97,7 @@ async def test_text_that_is_held_back(server: Running) -> None:
         ({"prompt": [1, True]}, "prompt[1]"),
         ({"prompt": "a" * 2000}, "prompt"),
         ({"prompt": "a", "max_tokens": 0}, "max_tokens"),
+        ({"prompt": "a", "min_tokens": 17}, "min_tokens"),
         ({"prompt": "a", "max_completion_tokens": 5}, "max_completion_tokens"),
         ({"prompt": "a", "logprobs": 21}, "logprobs"),
         ({"prompt": "a", "logprobs": True}, "logprobs"),

@@ -24,6 +24,8 @@ async def test_defaults(server: Running) -> None:
     _, reply = await server.post("/generate", {"text": "x" * 200, "rid": "mine"})
     assert reply["meta_info"]["completion_tokens"] == 128 and reply["meta_info"]["id"] == "mine"
     assert server.service.engine.params[0].max_tokens == 128
+    await server.post("/generate", {"text": "x", "sampling_params": {"min_new_tokens": 128}})
+    assert server.service.engine.params[1].min_tokens == 128
 
 
 async def test_ids_and_images(server: Running) -> None:
@@ -77,6 +79,7 @@ async def test_choices(server: Running) -> None:
         ({"text": "a", "image_data": [1]}, "image_data[0]"),
         ({"text": "a", "sampling_params": {"temperature": 3}}, "sampling_params.temperature"),
         ({"text": "a", "sampling_params": {"max_new_tokens": 0}}, "sampling_params.max_new_tokens"),
+        ({"text": "a", "sampling_params": {"min_new_tokens": 129}}, "sampling_params.min_new_tokens"),
         ({"text": "a", "sampling_params": {"json_schema": "{}"}}, "sampling_params.json_schema"),
         ({"text": "a", "sampling_params": {"max_tokens": 1}}, "sampling_params.max_tokens"),
         ({"text": "a", "sampling_params": {"regex": "a*"}}, "sampling_params.regex"),

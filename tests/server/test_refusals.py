@@ -70,6 +70,8 @@ BAD_CHATS: list[tuple[str, dict[str, Any], str | None]] = [
     ("n bool", chat_body(n=True), "n"),
     ("max_tokens 0", chat_body(max_tokens=0), "max_tokens"),
     ("max_completion_tokens -1", chat_body(max_completion_tokens=-1), "max_completion_tokens"),
+    ("min_tokens -1", chat_body(min_tokens=-1), "min_tokens"),
+    ("min_tokens above max_tokens", chat_body(max_tokens=4, min_tokens=5), "min_tokens"),
     ("temperature -1", chat_body(temperature=-0.1), "temperature"),
     ("temperature 2.1", chat_body(temperature=2.1), "temperature"),
     ("temperature text", chat_body(temperature="hot"), "temperature"),

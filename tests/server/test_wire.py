@@ -80,7 +80,13 @@ def test_params_hold_their_ranges(fields: dict[str, Any]) -> None:
     wire = msgspec.convert({"messages": [], **fields}, ChatRequest)
     try:
         params = sampling_params(
-            wire, max_tokens=1, top_logprobs=None, defaults={}, prompts=FakePrompts(), seeds=random.Random(0)
+            wire,
+            max_tokens=1,
+            min_tokens=0,
+            top_logprobs=None,
+            defaults={},
+            prompts=FakePrompts(),
+            seeds=random.Random(0),
         )
     except BadRequest as error:
         assert error.param in fields and error.param in error.message
