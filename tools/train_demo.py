@@ -8,7 +8,8 @@ r"""Makes the embedded model: draws scenes, asks about them, trains a small mode
 First the tower alone learns to name what its tokens show, then everything learns to answer. The learning rate follows
 the clock. A run goes on from the checkpoint in `--work` where there is one; SIGTERM or the end of a `--stint` ends it
 with one, and a run may be stopped and continued. On a CPU one process of one thread for each core is fastest, with
-MALLOC_MMAP_THRESHOLD_=4000000000 MALLOC_TRIM_THRESHOLD_=8000000000 (freed memory is kept: one tenth faster).
+MALLOC_MMAP_THRESHOLD_=4000000000 MALLOC_TRIM_THRESHOLD_=8000000000 (freed memory is kept: one tenth faster) and
+GLIBC_TUNABLES=glibc.malloc.hugetlb=1 (large pages: another tenth).
 """
 
 import argparse
