@@ -5,5 +5,5 @@ phrases, questions, dialogues  -> what is asked, what is right, and where to loo
 labels, views, samples         -> training batches · sight, guide -> what is taught beside the answers
 lessons                        -> what one step takes, made by worker processes
 tokenizer, model, qwen2_vl, mllama -> the two models and their files, in the published layout of their families
-cases, photographs             -> held-out conversations · evaluate -> exact answers through transformers' own generate
+cases, photographs, by_hand    -> held-out conversations · evaluate -> exact answers through transformers' own generate
 """

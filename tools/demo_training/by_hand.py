@@ -1,6 +1,6 @@
-"""Questions by hand, about pictures as an image editor draws them: its palette, shadows, frames, fades, button labels.
+"""Questions by hand, about pictures as an image editor draws them: its palette, soft shadows, tinted grounds.
 
-Only for evaluation. Nothing here is shared with the pictures of training, and every answer is written down, not made.
+Only for evaluation. No drawing is shared with the pictures of training, and answers are written down, not made.
 """
 
 import math
@@ -12,6 +12,7 @@ from PIL import Image, ImageDraw, ImageFilter, ImageFont
 from .cases import Case
 from .dialogues import ABILITY, GREETING
 from .questions import DECLINE
+from .scenes import SHAPES
 
 SCALE = 4  # drawn so many times larger: edges are smooth
 # An editor's swatches
@@ -26,7 +27,6 @@ CORNERS = {
     "bottom right": (0.79, 0.79),
 }
 
-SHAPES = ("circle", "square", "triangle", "star", "diamond", "cross", "heart", "ring")
 Mark = tuple[str, str, float, float, float]  # shape, colour, center (shares of width and height), radius in pixels
 Pen = ImageDraw.ImageDraw
 
