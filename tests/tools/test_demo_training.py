@@ -373,16 +373,16 @@ def test_only_a_conclusion_weighs_more_and_not_the_end_of_a_list(tokenizer):
         assert max(weights) == pytest.approx(heavier * min(weights)), kind
 
 
-def test_a_further_turn_asks_something_else_about_what_was_spoken_of(tokenizer, monkeypatch):
+def test_a_further_turn_asks_for_an_answer_that_only_begins_as_the_one_before(tokenizer, monkeypatch):
     monkeypatch.setattr(samples, "FOLLOW_UP_SHARE", 1)
-    star, ring = questions.Seen("star", (0,)), questions.Seen("ring", (1,))
-    colour = (("Which colour is the ", star, "?"), ("It is red.",))
-    size = (("How big is the ", star, "?"), ("It is small.",))
-    others = (("Which colour is the ", ring, "?"), ("It is blue.",))
-    asked, branch = iter((colour, others, size, size, others, colour)), samples.Segment()
+    colour, size, other = (
+        ((f"{text}?",), (f"The {text[:4]} is", f" {text[5:]}", ".")) for text in ("star red", "star big", "ring red")
+    )
+    asked, branch = iter((colour, other, size, size, other, colour)), samples.Segment()
     samples.add_turns(samples.Writer(tokenizer), branch, colour, lambda: next(asked), random.Random(0))
     told = tokenizer.decode(branch.ids, skip_special_tokens=False)
-    assert [part.split("<|im_end|>")[0] for part in told.split("assistant\n")[1:]] == ["It is small.", "It is red."]
+    answers = [part.split("<|im_end|>")[0] for part in told.split("assistant\n")[1:]]
+    assert answers == ["The star is big.", "The star is red."]
 
 
 def test_a_name_that_things_of_several_images_have_looks_at_all_of_them(tokenizer):

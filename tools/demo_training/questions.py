@@ -48,11 +48,6 @@ def plain(said: Said) -> str:
     return "".join(part if isinstance(part, str) else part.text for part in said)
 
 
-def shown_in(asked: Asked) -> set[tuple[int, int]]:
-    """Every (image, mark) that a question and its answer speak of."""
-    return {shown for part in (*asked[0], *asked[1]) if isinstance(part, Seen) for shown in part.shown}
-
-
 def of_image(said: Said, image: int) -> Said:
     """The same, said of another image of the message."""
     return tuple(part if isinstance(part, str) else Seen(part.text, part.marks, image) for part in said)

@@ -26,9 +26,9 @@ OTHER_KINDS = {"image_last": 8, "turns": 14, "pair": 44, "triple": 34}
 TEXT_KINDS = {"talk": 50, "conclusion": 50}
 NUM_BRANCHES = {"branches": 8, "turns": 4, "pair": 6, "triple": 6}  # 1 in all other kinds
 NUM_FURTHER_TURNS = 2  # in each branch of "turns", one after the other
-# So many of them ask something else about what the turn before spoke of (the first of so many questions that does so):
-# who is rarely asked that learns to repeat the answer before
-FOLLOW_UP_SHARE, FOLLOW_UP_TRIES = 0.5, 6
+# So many of them are asked for another answer that begins as the one before, where one of so many tries finds such:
+# "The ring is blue." and "The ring is at the left.". Who rarely has to go on otherwise learns to repeat an answer.
+FOLLOW_UP_SHARE, FOLLOW_UP_TRIES = 0.5, 40
 NUM_IMAGES = {"pair": 2, "triple": 3, "talk": 0, "conclusion": 0}  # one in all other kinds
 # Of the rows of a step: text costs little.
 ROWS = {"triple": 0.875, "talk": 3.0, "conclusion": 3.0}
@@ -266,12 +266,12 @@ def make_sample(
 
 
 def add_turns(writer: Writer, branch: Segment, asked: Asked, ask: Callable[[], Asked], rng: random.Random) -> None:
-    """Questions after one that was `asked`: of any kind, and often about what the one before spoke of."""
+    """Questions after one that was `asked`: of any kind, and often one whose answer begins alike."""
     for _ in range(NUM_FURTHER_TURNS):
-        before, num_tries = asked, FOLLOW_UP_TRIES if rng.random() < FOLLOW_UP_SHARE else 1
+        before, num_tries = asked[1], FOLLOW_UP_TRIES if rng.random() < FOLLOW_UP_SHARE else 1
         for _ in range(num_tries):
             asked = ask()
-            if asked[1] != before[1] and questions.shown_in(asked) & questions.shown_in(before):
+            if asked[1] != before and asked[1][0] == before[0]:
                 break
         writer.turn(branch)
         writer.add_question(branch, asked[0])
