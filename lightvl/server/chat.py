@@ -13,6 +13,7 @@ from lightvl.core import Delta, Finish, ImagePart, Message, Prompt, Role, Sampli
 from lightvl.errors import BadRequest
 from lightvl.server import sse
 from lightvl.server.body import read_body, refuse_unserved
+from lightvl.server.middleware import json_reply
 from lightvl.server.params import at_most, fit, positive, sampling_params, top_logprobs, usage_in_stream
 from lightvl.server.run import Run, content_logprobs
 from lightvl.server.schema import (
@@ -141,7 +142,7 @@ async def _whole(run: Run, model: str) -> web.Response:
         for choice, (text, logprobs) in enumerate(await run.whole())
     ]
     reply = ChatCompletion(id=run.request_id, created=int(time.time()), model=model, choices=choices, usage=run.usage())
-    return web.Response(body=_encode(reply), content_type="application/json", charset="utf-8")
+    return json_reply(reply)
 
 
 async def _chunks(run: Run, model: str, with_usage: bool) -> AsyncGenerator[bytes, None]:

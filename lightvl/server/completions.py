@@ -14,6 +14,7 @@ from lightvl.core import Finish, Prompt, SamplingParams, TokenLogprob
 from lightvl.errors import BadRequest
 from lightvl.server import sse
 from lightvl.server.body import read_body, refuse_unserved
+from lightvl.server.middleware import json_reply
 from lightvl.server.params import at_most, batch_refused, fit, positive, sampling_params, top_logprobs, usage_in_stream
 from lightvl.server.run import Run, content_logprobs
 from lightvl.server.schema import (
@@ -50,8 +51,7 @@ async def completions(context: Context, request: web.Request) -> web.StreamRespo
             reply.choice(choice, text, logprobs, run.finishes[choice])
             for choice, (text, logprobs) in enumerate(answers)
         ]
-        body = _encode(reply.of(choices, run.usage()))
-        return web.Response(body=body, content_type="application/json", charset="utf-8")
+        return json_reply(reply.of(choices, run.usage()))
 
 
 def _check(context: Context, wire: CompletionRequest) -> SamplingParams:

@@ -16,6 +16,7 @@ from lightvl.core import Delta, Finish, ImagePart, Prompt, SamplingParams, Token
 from lightvl.errors import BadRequest
 from lightvl.server import sse
 from lightvl.server.body import read_body, refuse_unserved
+from lightvl.server.middleware import json_reply
 from lightvl.server.params import at_most, batch_refused, fit, positive, sampling_params, top_logprobs
 from lightvl.server.run import Run
 from lightvl.server.schema import (
@@ -48,8 +49,7 @@ async def generate(context: Context, request: web.Request) -> web.StreamResponse
             run.note(delta)
             answers[delta.choice].add(delta)
         replies = [answer.reply() for answer in answers]
-        body = _encode(replies if params.n > 1 else replies[0])
-        return web.Response(body=body, content_type="application/json", charset="utf-8")
+        return json_reply(replies if params.n > 1 else replies[0])
 
 
 def _check(context: Context, wire: GenerateRequest) -> SamplingParams:
