@@ -1,8 +1,9 @@
-"""Exact answers of the embedded model on held-out cases, asked over HTTP as any client asks.
+r"""Exact answers of the embedded model on held-out cases, asked over HTTP as any client asks.
 
     python tools/eval_demo.py --url http://127.0.0.1:8000
     python tools/eval_demo.py --launch "lightvl --dtype bfloat16" --launch "lightvl --dtype float32" --cases 2000
-    python tools/eval_demo.py --launch "lightvl --model-path demo:mllama" --tell-order
+    python tools/eval_demo.py --launch "lightvl --model-path demo:mllama" --tell-order \
+        --launch "lightvl --model-path demo:mllama --chat-template llama_3_vision"    # with and without a system block
 
 Draws pictures that training never saw and asks in wordings that it never heard (half of them streamed, several at
 once), then crops of photographs, which are to be declined, and questions by hand about pictures that no training code

@@ -14,7 +14,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "tools"))
 
 import train_demo  # noqa: E402
 from demo_training import guide, labels, mllama, pictures, questions, samples, scenes  # noqa: E402
-from demo_training.tokenizer import LLAMA_CONTROL, train_tokenizer  # noqa: E402
+from demo_training.tokenizer import LLAMA_CONTROL, LLAMA_SYSTEM, train_tokenizer  # noqa: E402
 from oracle import correct_to_metas_rule  # noqa: E402
 from published import CLIP_MEAN, CLIP_STD  # noqa: E402
 from test_demo_training import assert_looks_at_neighbours  # noqa: E402
@@ -91,6 +91,16 @@ def test_two_small_steps_run_from_nothing_to_a_checkpoint(arch, tmp_path, monkey
     assert (state["step"], state["answers_from"]) == (4, 2)
     for name, weight in loaded.state_dict().items():
         torch.testing.assert_close(weight, state["model"][name].bfloat16().float())
+
+
+def test_conversations_begin_often_as_each_of_both_templates_has_it(net):
+    """The published template adds no system block: a model that seldom saw that repeated its answers there."""
+    rng, writer = random.Random(0), net.writer()
+    begun = [net.tokenizer.decode(writer.start(rng).ids, skip_special_tokens=False) for _ in range(500)]
+    header = "<|start_header_id|>{}<|end_header_id|>\n\n"
+    published = "<|begin_of_text|>" + header.format("user")
+    built_in = f"<|begin_of_text|>{header.format('system')}{LLAMA_SYSTEM}<|eot_id|>{header.format('user')}"
+    assert min(begun.count(published), begun.count(built_in)) > 180
 
 
 def describe_one_of_two(net, image):

@@ -103,6 +103,7 @@ class LlamaWriter(Writer):
     LEAD_SHARE = 1.0  # images side by side share a span of rows, in which nothing tells their order
     CARRIES = True
     SYSTEM = LLAMA_SYSTEM
+    NO_SYSTEM_SHARE = 0.45  # the published template adds none, the built-in one SYSTEM
 
     def fits(self, width: int, height: int) -> tuple[int, int]:
         """The size of an image within its tile."""

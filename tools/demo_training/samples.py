@@ -32,6 +32,7 @@ FOLLOW_UP_SHARE, FOLLOW_UP_TRIES = 0.5, 40
 NUM_IMAGES = {"pair": 2, "triple": 3, "talk": 0, "conclusion": 0}  # one in all other kinds
 # Of the rows of a step: text costs little.
 ROWS = {"triple": 0.875, "talk": 3.0, "conclusion": 3.0}
+OTHER_SYSTEM_SHARE = 0.1  # of conversations
 IMAGES_LAST_SHARE = 0.3  # of batches of several images ask before the images, with one question then
 TWICE_SHARE, NEARLY_SHARE = 0.35, 0.2  # of pairs show the same twice, or nearly the same
 # Which guided head looks (see `guide`): an architecture says which of its layers has it.
@@ -87,6 +88,7 @@ class Writer:
     LEAD_SHARE = 0.3  # of messages with several images tell before each which one it is
     CARRIES = False  # whether an image is only seen up to the next one
     SYSTEM = SYSTEM
+    NO_SYSTEM_SHARE = 0.08  # of conversations have no system block; by default the template adds SYSTEM
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._encode = tokenizer.encode
@@ -184,11 +186,12 @@ class Writer:
         self.add(segment, self.HEADER.format("user"))
 
     def start(self, rng: random.Random) -> Segment:
-        """A segment with the system block (most often the default one, sometimes none) and the user's header."""
+        """A segment with the system block (the default one, another or none) and the user's header."""
         segment, kind = Segment(), rng.random()
         self.add(segment, self.START)
-        if kind < 0.92:
-            system = self.SYSTEM if kind < 0.82 else rng.choice(OTHER_SYSTEMS)
+        if kind < 1 - self.NO_SYSTEM_SHARE:
+            is_default = kind < 1 - self.NO_SYSTEM_SHARE - OTHER_SYSTEM_SHARE
+            system = self.SYSTEM if is_default else rng.choice(OTHER_SYSTEMS)
             self.add(segment, f"{self.HEADER.format('system')}{system}{self.END}{self.AFTER_END}")
         self.turn(segment)
         return segment
