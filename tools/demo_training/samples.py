@@ -32,7 +32,7 @@ FOLLOW_UP_SHARE, FOLLOW_UP_TRIES = 0.5, 40
 NUM_IMAGES = {"pair": 2, "triple": 3, "talk": 0, "conclusion": 0}  # one in all other kinds
 # Of the rows of a step: text costs little.
 ROWS = {"triple": 0.875, "talk": 3.0, "conclusion": 3.0}
-OTHER_SYSTEM_SHARE = 0.1  # of conversations
+OTHER_SYSTEM_SHARE = 0.1  # of conversations have another system block than the template's
 IMAGES_LAST_SHARE = 0.3  # of batches of several images ask before the images, with one question then
 TWICE_SHARE, NEARLY_SHARE = 0.35, 0.2  # of pairs show the same twice, or nearly the same
 # Which guided head looks (see `guide`): an architecture says which of its layers has it.
