@@ -6,6 +6,7 @@
     python tools/gpu_check.py --device cpu             # a dry run: the same code over tiny shapes, without a GPU
 
 kernels    flashinfer's compiled modules are found (or built) and load
+sampling   the sampler's settings choose what they choose on a CPU
 attention  the backend, the decoder's fused operations and the towers' attention against dense references
 families   every model family against HF on tiny models: at most twice the error of HF in bfloat16
 graphs     CUDA graphs against eager bit by bit; chunked, batched and preempted sequences within the bound of `families`
@@ -104,6 +105,9 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--compare", type=Path, nargs="+", metavar="JSON", help="an older run's result; with two, nothing is run"
     )
+    parser.add_argument(
+        "--patience", type=float, default=1.0, help="times the seconds of each part, where other work runs beside it"
+    )
     parser.add_argument("--profile", action="store_true", help="tell in the log which kernels take the time of `speed`")
     parser.add_argument("--child", choices=list(BUDGETS_S), help=argparse.SUPPRESS)
     parser.add_argument("--until", type=float, help=argparse.SUPPRESS)  # seconds of the epoch
@@ -134,7 +138,15 @@ def main() -> int:
     started = time.monotonic()
     parts = [part for part in BUDGETS_S if part in args.parts or not args.parts]
     flags = ("--profile",) if args.profile else ()
-    run = Run(Path(__file__).resolve(), parts, args.device, args.out, describe_machine(gpu), flags=flags)
+    run = Run(
+        Path(__file__).resolve(),
+        parts,
+        args.device,
+        args.out,
+        describe_machine(gpu),
+        flags=flags,
+        patience=args.patience,
+    )
     rows = run.run()
     print(f"\n{run.machine['gpu']}, {run.machine['commit']}")
     print(table(condensed(rows)))

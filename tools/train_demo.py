@@ -30,11 +30,13 @@ from demo_training.guide import Guide, kept_loss, look_loss, match_loss
 from demo_training.lessons import Lesson, Teacher, in_order
 from demo_training.mllama import Mllama
 from demo_training.model import Architecture, answer_loss
+from demo_training.muon import Muon
 from demo_training.qwen2_vl import Qwen2VL
 from demo_training.samples import KEPT, MATCHED
 from demo_training.sight import make_head, name_loss, name_shares
 from demo_training.team import Team
 from demo_training.tokenizer import LLAMA_CONTROL, QWEN_TOKENS, train_tokenizer
+from demo_training.views import by_grid, join
 from tokenizers import Tokenizer
 from torch import Tensor
 from tqdm import tqdm
@@ -86,7 +88,7 @@ def make_optimizers(net: Architecture, head: torch.nn.Module) -> list[torch.opti
         {"params": [weight for weight in others if weight.ndim <= 1], "weight_decay": 0.0},
     ]
     return [
-        torch.optim.Muon(inner, weight_decay=DECAY, adjust_lr_fn="match_rms_adamw"),  # one rate fits both
+        Muon(inner, weight_decay=DECAY),
         torch.optim.AdamW(groups, betas=(0.9, 0.98), fused=True),
     ]
 
@@ -144,6 +146,8 @@ class Run:
         self.team = team
         self.args, self.net, self.model, self.head, self.teacher = args, net, net.model, head, teacher
         self.device = torch.device(args.device)
+        # a GPU waits for the host's calls, so it gets few and large ones; a CPU's caches hold one group's attention
+        self.joins_images = self.device.type != "cpu"
         learner = torch.nn.ModuleList([net.model, head]).to(self.device)
         self.weights = list(learner.parameters())
         self.optimizers = make_optimizers(net, head)
@@ -208,14 +212,8 @@ class Run:
     def loss(self, lesson: Lesson, told: dict[str, Tensor] | None) -> Tensor:
         """What is to become small; fills `told` with its parts and the shares of what is right."""
         args = self.args
-        groups = [group for batch in lesson.batches for group in batch.images] + lesson.views
-        views = [self.net.encode(group) for group in groups]
-        named = [name_loss(self.head, view, group) for view, group in zip(views, groups, strict=True)]
-        naming = sum(loss for loss, _ in named) / len(named)
+        views, naming = self.views(lesson, told)
         total = args.sight_weight * naming
-        if told is not None:
-            told |= name_shares(named[-1][1].detach(), groups[-1])
-            told["naming"] = naming.detach()
         for idx, (batch, guidance) in enumerate(zip(lesson.batches, lesson.guidance, strict=True)):
             looks: dict[int, Tensor] = {}
             answers = answer_loss(self.net, batch, views[: len(batch.images)], looks)
@@ -236,6 +234,23 @@ class Run:
                 told |= {f"look{layer}": share for layer, share in shares.items()} if idx == 0 else {}
                 told["others" if idx else "answers"] = answers.detach()
         return total
+
+    def views(self, lesson: Lesson, told: dict[str, Tensor] | None) -> tuple[list[Tensor], Tensor]:
+        """What the tower sees in each group of images, batch after batch, and its mean loss of naming it."""
+        groups = [group for batch in lesson.batches for group in batch.images] + lesson.views
+        views: dict[int, Tensor] = {}
+        losses = []
+        for idxs in by_grid(groups) if self.joins_images else ([idx] for idx in range(len(groups))):
+            joined = join([groups[idx] for idx in idxs])
+            seen = self.net.encode(joined)
+            loss, logits = name_loss(self.head, seen, joined)
+            losses.append(loss)
+            views |= zip(idxs, seen.split([len(groups[idx].patches) for idx in idxs]), strict=True)
+        naming = sum(losses) / len(groups)
+        if told is not None:
+            told |= name_shares(logits.detach(), joined)
+            told["naming"] = naming.detach()
+        return [views[idx] for idx in range(len(groups))], naming
 
     def step(self, lesson: Lesson, is_told: bool) -> dict[str, float]:
         """One lesson forth and back; returns what the log tells."""

@@ -18,6 +18,7 @@ import train_demo  # noqa: E402
 from demo_training import labels  # noqa: E402
 from demo_training.guide import Guide  # noqa: E402
 from demo_training.lessons import FIRST_STEPS, Teacher, in_order  # noqa: E402
+from demo_training.muon import Muon  # noqa: E402
 from demo_training.sight import make_head  # noqa: E402
 from demo_training.team import Team  # noqa: E402
 from demo_training.tokenizer import train_tokenizer  # noqa: E402
@@ -112,6 +113,43 @@ def test_a_step_makes_nothing_on_another_device_and_waits_for_nothing(arch, toke
         loss = run.loss(lesson.to(device), {})
         loss.backward()
         assert loss.is_meta and torch.nn.utils.clip_grad_norm_(weights, 1.0).is_meta
+
+
+@pytest.mark.parametrize("arch", train_demo.ARCHITECTURES)
+def test_images_of_one_grid_are_seen_at_once_as_they_are_one_group_after_the_other(
+    arch, tokenizers, tmp_path, monkeypatch
+):
+    run = make_run(arch, tokenizers, tmp_path, monkeypatch)
+    lessons = (run.teacher.answers(2, 2, 0, step) for step in itertools.count(FIRST_STEPS))
+    lesson = next(lesson for lesson in lessons if sum(len(batch.images) for batch in lesson.batches) > 2)
+    told = {}
+    for joins in (False, True):
+        run.joins_images = joins
+        views, naming = run.views(lesson, None)
+        told[joins] = [*views, naming, run.loss(lesson, None)]
+    assert len(told[True]) == len(told[False]) > 5
+    for one, other in zip(told[False], told[True], strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
+
+
+def test_muon_of_matrices_at_once_is_torchs_of_one_after_the_other():
+    shapes = [(8, 8), (8, 24), (24, 8), (8, 8), (24, 8)]
+    torch.manual_seed(0)
+    ours, theirs = ([torch.nn.Parameter(torch.full(shape, 0.1)) for shape in shapes] for _ in range(2))
+    idle = torch.nn.Parameter(torch.ones(8, 8))  # a text model's, while the tower learns alone
+    optimizers = (
+        Muon([*ours, idle], weight_decay=0.05, lr=0.01),
+        torch.optim.Muon(theirs, lr=0.01, weight_decay=0.05, adjust_lr_fn="match_rms_adamw"),
+    )
+    for _ in range(3):
+        for one, other in zip(ours, theirs, strict=True):
+            one.grad = torch.randn_like(one)
+            other.grad = one.grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    for one, other in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, other)
+    assert torch.equal(idle, torch.ones(8, 8))
 
 
 def test_a_step_that_is_not_finite_changes_nothing(tokenizers, tmp_path, monkeypatch):

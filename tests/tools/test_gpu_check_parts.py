@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -40,6 +41,19 @@ def dry(part: str, only: str = "", **given: Any) -> list[Row]:
 
 def assert_passed(rows: list[Row]) -> None:
     assert rows and [(row.check, row.note) for row in rows if row.verdict not in ("pass", "told")] == []
+
+
+def test_sampling_dry_notices_settings_that_are_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    from gpu import sampling
+
+    from lightvl.engine import sampler
+
+    assert_passed(dry("sampling"))
+    calls = itertools.count()
+    change = sampler._change
+    monkeypatch.setattr(sampler, "_change", lambda *args: change(*args) if next(calls) % 2 else None)
+    lost = {row.check for row in dry("sampling") if row.verdict == "fail"}
+    assert lost == {*sampling.GREEDY} - {"greedy"} | {"all filters"}
 
 
 def test_attention_dry() -> None:

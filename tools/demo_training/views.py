@@ -53,6 +53,22 @@ class ImageGroup(OnDevice):
     shown: Tensor  # int64 (images, tokens, MAX_SHOWN): marks
 
 
+def by_grid(groups: Sequence[ImageGroup]) -> list[list[int]]:
+    """Which of the groups have the same grid."""
+    idxs: dict[tuple[int, int], list[int]] = {}
+    for idx, group in enumerate(groups):
+        idxs.setdefault(group.grid, []).append(idx)
+    return list(idxs.values())
+
+
+def join(groups: Sequence[ImageGroup]) -> ImageGroup:
+    """Groups of one grid as one; the sum of its weights is their number."""
+    if len(groups) == 1:
+        return groups[0]
+    columns = ([getattr(group, name) for group in groups] for name in ("patches", "labels", "weights", "shown"))
+    return ImageGroup(groups[0].grid, *(torch.cat(column) for column in columns))
+
+
 def image_group(pictures: Sequence[Picture]) -> ImageGroup:
     """Pictures of one size, whose sides are multiples of UNIT."""
     width, height = pictures[0].image.size

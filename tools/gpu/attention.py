@@ -1,4 +1,4 @@
-"""Part 2: the attention backend, the decoder's fused operations, the towers' attention and the sampler's noise against
+"""Part 3: the attention backend, the decoder's fused operations, the towers' attention and the sampler's noise against
 dense references in float32, in bfloat16 over a grid of shapes.
 
 The bound is on the norm of the error over the norm of the reference: bfloat16 operands give 2e-3 to 5e-3, one key too

@@ -1,4 +1,4 @@
-"""Part 3: every model family against HF transformers, through the whole service, on tiny random models whose heads have
+"""Part 4: every model family against HF transformers, through the whole service, on tiny random models whose heads have
 the sizes that the kernels are for.
 
 The error is that of our logprobs in bfloat16, of the tokens that we chose and their alternatives, against HF in float32

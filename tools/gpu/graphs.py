@@ -1,4 +1,4 @@
-"""Part 4: a CUDA graph computes bit by bit what the same padded step computes kernel by kernel; and chunks, company and
+"""Part 5: a CUDA graph computes bit by bit what the same padded step computes kernel by kernel; and chunks, company and
 preemption leave the error within the bound of `families`.
 
 A dry run takes the tests' stand-ins for graphs, and the CPU's attention.

@@ -1,4 +1,4 @@
-"""Part 6: memory that cannot run out. A real-size model is served with all the memory that there is, and asked for the
+"""Part 7: memory that cannot run out. A real-size model is served with all the memory that there is, and asked for the
 largest things at once; then another takes what the server keeps free, so that a step does run out."""
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Part 7: the HTTP server on this device, as a client sees it: how fast under `tools/bench_serve.py`, and the embedded
+"""Part 8: the HTTP server on this device, as a client sees it: how fast under `tools/bench_serve.py`, and the embedded
 model's answers under `tools/eval_demo.py`, as many of them right as from a server on this machine's CPU.
 
 The tools run as processes of their own, as a user starts them.

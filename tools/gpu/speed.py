@@ -1,4 +1,4 @@
-"""Part 5: how near decode, prefill and encode of real-size models come to what this GPU can do.
+"""Part 6: how near decode, prefill and encode of real-size models come to what this GPU can do.
 
 Decode is a fraction of the measured copy bandwidth (bytes of weights and K,V that must be read), prefill and encode of
 the measured rate of a large matrix product. All go through the engine, scheduler and sampler included, without HTTP;
