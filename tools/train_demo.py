@@ -1,7 +1,7 @@
 r"""Makes the embedded model: draws scenes, asks about them, trains a small model from nothing, writes its folder.
 
     python tools/train_demo.py --minutes 128 --processes 2                 # on two cores, in 2 hours and 20 minutes
-    python tools/train_demo.py --minutes 12 --device cuda --workers 13 \
+    python tools/train_demo.py --minutes 9 --device cuda --workers 12 \
         --sight-rows 128 --rows 64 --more-views 64 --lr 1.5e-3
     python tools/train_demo.py --steps 5000     # the same weights again from the same seed, on the same machine
 
@@ -31,6 +31,7 @@ from demo_training.lessons import Lesson, Teacher, in_order
 from demo_training.mllama import Mllama
 from demo_training.model import Architecture, answer_loss
 from demo_training.muon import Muon
+from demo_training.prints import missing_fonts
 from demo_training.qwen2_vl import Qwen2VL
 from demo_training.samples import KEPT, MATCHED
 from demo_training.sight import make_head, name_loss, name_shares
@@ -96,6 +97,8 @@ def make_optimizers(net: Architecture, head: torch.nn.Module) -> list[torch.opti
 def train(args: argparse.Namespace) -> None:
     """Trains in this process and in others beside it."""
     args.work.mkdir(parents=True, exist_ok=True)
+    if missing := missing_fonts():
+        print(f"without {', '.join(missing)} (Debian's fonts-dejavu-core, or matplotlib) words are learned less well")
     (args.work / MEETING_POINT).unlink(missing_ok=True)
     if not (args.work / TOKENIZER).exists():
         train_tokenizer(ARCHITECTURES[args.arch][1]).save(str(args.work / TOKENIZER))

@@ -318,6 +318,18 @@ def test_hard_kinds_are_taught_more_often_than_they_are_asked_of_held_out_cases(
     assert share(start, held_out=False) > 1.4 * share(start, held_out=True)
 
 
+def test_fonts_in_whose_place_pillows_own_is_drawn_are_told(monkeypatch):
+    monkeypatch.setattr(prints, "_matplotlib_fonts", Path)
+    for name in ("XDG_DATA_HOME", "XDG_DATA_DIRS"):  # where Pillow looks for fonts of the system
+        monkeypatch.setenv(name, "/nowhere")
+    prints.load_font.cache_clear()
+    assert prints.missing_fonts() == [name for name in prints.FONTS if name]
+    monkeypatch.undo()
+    prints.load_font.cache_clear()
+    found = [name for name in prints.FONTS if name and prints.load_font(name, 20).getname()[0].startswith("DejaVu")]
+    assert sorted([*found, *prints.missing_fonts()]) == sorted(name for name in prints.FONTS if name)
+
+
 def test_no_held_out_word_stands_on_a_page():
     rng = random.Random(4)
     lines = [printed.text for _ in range(300) for printed, _ in prints.lay_out_page(240, 160, rng)]

@@ -1,10 +1,12 @@
 """Printed words and numbers: one line of capitals or digits in one of several fonts, as facts (`Print`) and glyphs."""
 
 import functools
+import importlib.util
 import itertools
 import math
 import random
 from dataclasses import dataclass
+from pathlib import Path
 
 from PIL import ImageDraw, ImageFont
 
@@ -75,11 +77,24 @@ def draw_print(rng: random.Random, width: int = 168, height: int = 168, held_out
 
 @functools.lru_cache(512)
 def load_font(name: str, size: int) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
-    """A font of the system, or Pillow's own where it has none of this name."""
+    """A font of matplotlib or of the system, or Pillow's own where neither has one of this name."""
     try:
-        return ImageFont.truetype(name, size) if name else ImageFont.load_default(size)
+        # where this is no file, Pillow looks among the system's fonts
+        return ImageFont.truetype(str(_matplotlib_fonts() / name), size) if name else ImageFont.load_default(size)
     except OSError:
         return ImageFont.load_default(size)
+
+
+@functools.cache
+def _matplotlib_fonts() -> Path:
+    found = importlib.util.find_spec("matplotlib")
+    return Path(found.origin).parent / "mpl-data/fonts/ttf" if found and found.origin else Path()
+
+
+def missing_fonts() -> list[str]:
+    """Names in whose place Pillow's own font is drawn. Who learns from that alone reads four of five words."""
+    own = load_font("", 20).getname()
+    return [name for name in FONTS if name and load_font(name, 20).getname() == own]
 
 
 @dataclass(frozen=True)
