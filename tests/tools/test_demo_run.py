@@ -120,14 +120,16 @@ def test_images_of_one_grid_are_seen_at_once_as_they_are_one_group_after_the_oth
     arch, tokenizers, tmp_path, monkeypatch
 ):
     run = make_run(arch, tokenizers, tmp_path, monkeypatch)
-    lessons = (run.teacher.answers(2, 2, 0, step) for step in itertools.count(FIRST_STEPS))
-    lesson = next(lesson for lesson in lessons if sum(len(batch.images) for batch in lesson.batches) > 2)
+    lesson = run.teacher.answers(2, 2, 0, FIRST_STEPS)
+    if arch == "qwen2-vl":  # whose images have many grids: each twice
+        groups = [group for batch in lesson.batches for group in batch.images]
+        lesson = replace(lesson, views=[replace(group, patches=group.patches.flip(0)) for group in groups])
     told = {}
     for joins in (False, True):
         run.joins_images = joins
         views, naming = run.views(lesson, None)
         told[joins] = [*views, naming, run.loss(lesson, None)]
-    assert len(told[True]) == len(told[False]) > 5
+    assert len(told[True]) == len(told[False]) > 4
     for one, other in zip(told[False], told[True], strict=True):
         torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-4)
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import gpu_check
 import pytest
-from gpu import report
+from gpu import report, runner
 from gpu.rows import Context, Row
 from gpu.runner import BUDGETS_S, Run
 
@@ -83,6 +83,23 @@ def test_a_part_goes_on_after_the_check_that_broke_it(tmp_path: Path, capsys: py
     written = report.read_rows(tmp_path / "out/gpu_check.json")
     assert of(written) == of(run.rows)
     assert "device lost" in capsys.readouterr().out
+
+
+def test_patience_gives_each_part_as_many_times_its_seconds(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    ends: list[float] = []
+
+    class Done:
+        def __init__(self, tool: Path, part: str, device: str, until: float, *rest: Any) -> None:
+            ends.append(until)
+
+        def wait(self, until: float) -> int:
+            return 0
+
+    monkeypatch.setattr(runner, "PartProcess", Done)
+    for patience in (1.0, 2.5):
+        Run(Path("tool"), ["kernels", "sampling"], "cuda", tmp_path, {}, patience=patience).run()
+    assert ends[1] - ends[0] == pytest.approx(BUDGETS_S["sampling"])
+    assert ends[3] - ends[2] == pytest.approx(2.5 * BUDGETS_S["sampling"])
 
 
 def test_every_row_is_on_disk_before_the_next_check(tmp_path: Path) -> None:

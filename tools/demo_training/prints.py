@@ -92,7 +92,7 @@ def _matplotlib_fonts() -> Path:
 
 
 def missing_fonts() -> list[str]:
-    """Names in whose place Pillow's own font is drawn. Who learns from that alone reads four of five words."""
+    """Names in whose place Pillow's own font is drawn."""
     own = load_font("", 20).getname()
     return [name for name in FONTS if name and load_font(name, 20).getname() == own]
 
