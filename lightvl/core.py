@@ -65,6 +65,30 @@ class Prompt:
         return len(self.cache_key)
 
 
+class Matcher(Protocol):
+    """Where one sequence stands in its grammar. Whoever asks or tells it does so alone: a step asks, and only after the
+    token that it chose has been told is the next step planned."""
+
+    def allow(self, mask: np.ndarray[Any, np.dtype[np.int32]]) -> None:
+        """Into (ceil(vocab_size / 32),), 32 token ids each from the lowest bit on: 1 where the token may come next, a
+        stop token where the text is whole."""
+        ...
+
+    def push(self, token_id: int) -> bool:
+        """The token that was chosen, stop tokens too. False: the grammar went beyond its limits, and the text is not
+        what was asked for."""
+        ...
+
+
+GrammarKind = Literal["json_schema", "regex", "ebnf"]
+
+
+class Grammar(Protocol):
+    """What a whole answer must match; compiled, and shared between sequences."""
+
+    def start(self) -> Matcher: ...
+
+
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
     """How to choose tokens, complete: model defaults, EOS and the template's stops are merged in by the server."""
@@ -79,6 +103,7 @@ class SamplingParams:
     frequency_penalty: float = 0.0
     presence_penalty: float = 0.0
     logit_bias: tuple[tuple[int, float], ...] = ()  # (token id, what is added to its logit), each id once
+    grammar: Grammar | None = None
     seed: int = 0  # 0 <= seed < 2**64
     stop: tuple[str, ...] = ()
     stop_token_ids: frozenset[int] = frozenset()
@@ -86,15 +111,20 @@ class SamplingParams:
     top_logprobs: int | None = None  # None: no logprobs; 0 to 20 alternatives beside the chosen token
     keep_special_tokens: bool = False  # SGLang's skip_special_tokens=false
     # What follows from the others, told once: each step asks it of each row.
-    needs_history: bool = field(init=False, repr=False, compare=False)  # choosing a token takes all tokens before it
+    needs_history: bool = field(
+        init=False, repr=False, compare=False
+    )  # choosing a token takes the ids of all before it
+    needs_commits: bool = field(init=False, repr=False, compare=False)  # and waits until the host knows the last one
     changes_logits: bool = field(init=False, repr=False, compare=False)
     needs_best_only: bool = field(init=False, repr=False, compare=False)  # the model's greatest logit is all it takes
 
     def __post_init__(self) -> None:
         has_penalties = self.repetition_penalty != 1 or self.frequency_penalty != 0 or self.presence_penalty != 0
-        changes_logits = has_penalties or bool(self.logit_bias) or self.min_tokens > 0
+        needs_commits = has_penalties or self.grammar is not None
+        changes_logits = needs_commits or bool(self.logit_bias) or self.min_tokens > 0
         needs_best_only = self.temperature == 0 and not changes_logits and self.top_logprobs is None
         object.__setattr__(self, "needs_history", has_penalties)
+        object.__setattr__(self, "needs_commits", needs_commits)
         object.__setattr__(self, "changes_logits", changes_logits)
         object.__setattr__(self, "needs_best_only", needs_best_only)
 

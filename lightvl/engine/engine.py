@@ -94,7 +94,11 @@ class Engine:
             raise Overloaded("The engine has failed; see the server's log.")
         self._scheduler.check_fits(prompt, params)
         generation = EngineGeneration(self._abort)
-        sequences = [Sequence(next(self._seq_ids), prompt, params, choice) for choice in range(params.n)]
+        grammar = params.grammar
+        sequences = [
+            Sequence(next(self._seq_ids), prompt, params, choice, None if grammar is None else grammar.start())
+            for choice in range(params.n)
+        ]
         for sequence in sequences:
             self._choices[sequence] = generation.add(sequence, self._make_detokenizer(params))
         self._scheduler.add(sequences)
@@ -166,6 +170,9 @@ class Engine:
 
     def _commit(self, choice: ActiveChoice, token_id: int, logprob: TokenLogprob | None) -> None:
         sequence, params = choice.sequence, choice.sequence.params
+        if sequence.matcher is not None and not sequence.matcher.push(token_id):
+            self._fail(sequence, LightVLError("The grammar of this request took too much to follow."))
+            return
         self._scheduler.commit_token(sequence, token_id)
         if token_id in params.stop_token_ids:
             choice.emit(choice.detokenizer.flush(), token_id, logprob)

@@ -236,4 +236,4 @@ def _sample_row(sequence: Sequence, position: int) -> SampleRow:
     seen = None
     if sequence.params.needs_history:
         seen = np.concatenate([sequence.prompt.token_ids, np.array(sequence.output_ids, dtype=np.int64)])
-    return SampleRow(sequence.params, sequence.choice, position, seen, prompt_len=len(sequence.prompt))
+    return SampleRow(sequence.params, sequence.choice, position, seen, len(sequence.prompt), sequence.matcher)

@@ -4,6 +4,7 @@ template (builtin_templates, jinja_template): messages -> segments: control stri
 choice:                                       which template a server uses, and why
 tokenizer (vocabulary):                       segments -> token ids; client text never becomes a control token
 media:                                        image parts -> `Media`: bytes, layout, identity; pixels when asked for
+structured:                                   JSON schemas and other grammars -> masks over the next token
 build:                                        all of it together -> `Prompt`, with the radix cache's key
 detokenizer:                                  sampled ids -> text as it becomes sure, held back before stop strings
 """

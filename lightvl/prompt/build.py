@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 
-from lightvl.core import ImagePart, Message, Prompt, PromptImage, TextPart
+from lightvl.core import Grammar, GrammarKind, ImagePart, Message, Prompt, PromptImage, TextPart
 from lightvl.errors import BadRequest, ContextLengthExceeded
 from lightvl.images.cache import MediaCounters
 from lightvl.images.decode import DEFAULT_MAX_PIXELS
 from lightvl.images.fetch import ImageFetcher
 from lightvl.prompt.builtin_templates import BUILTIN_TEMPLATES
 from lightvl.prompt.media import Media, MediaLoader
+from lightvl.prompt.structured import Grammars
 from lightvl.prompt.template import Control, ImageSlot, Segment, Template
 from lightvl.prompt.tokenizer import Tokenizer
 
@@ -77,6 +78,7 @@ class PromptBuilder:
         by_template = [token_id for token_id in stops.values() if token_id is not None]
         self.stop_strings: tuple[str, ...] = tuple(text for text, token_id in stops.items() if token_id is None)
         self.stop_token_ids: frozenset[int] = frozenset({*eos, *generation_eos_ids, *by_template})
+        self._grammars = Grammars(tokenizer, limits.vocab_size, self.stop_token_ids)
 
     @property
     def vocab_size(self) -> int:
@@ -140,6 +142,10 @@ class PromptBuilder:
         else:
             self._check_slots(num_slots, images, param=param)
         return await self._with_images(ids, images, param)
+
+    async def grammar(self, kind: GrammarKind, source: str, *, param: str) -> Grammar:
+        """See `Grammars.compile`. The first one takes a second for a large vocabulary, others milliseconds."""
+        return await self._off_loop_if(True, lambda: self._grammars.compile(kind, source, param=param))
 
     def text_of(self, prompt: Prompt) -> str:
         """As the model reads it, control tokens spelled out and each image as one image token."""

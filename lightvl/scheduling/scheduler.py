@@ -222,8 +222,8 @@ class Scheduler:
             return  # its last token needs no K,V
         if start >= num_known:
             on_device = alloc.token_on_device and start < num_known + sequence.num_samples_in_flight
-            # penalties are about tokens that the host knows
-            if not on_device or sequence.params.needs_history:
+            # penalties and grammars are about tokens that the host knows
+            if not on_device or sequence.params.needs_commits:
                 return
         if start >= len(sequence.pages) * self.limits.page_size and not self._grow(draft, alloc, start + 1):
             return

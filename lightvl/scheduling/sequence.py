@@ -5,7 +5,7 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass, field
 
-from lightvl.core import Prompt, SamplingParams
+from lightvl.core import Matcher, Prompt, SamplingParams
 
 
 class SequenceState(enum.Enum):
@@ -24,6 +24,7 @@ class Sequence:
     prompt: Prompt
     params: SamplingParams
     choice: int = 0
+    matcher: Matcher | None = None  # of `params.grammar`; has been told `output_ids`
     output_ids: list[int] = field(default_factory=list)  # committed tokens, append-only
     state: SequenceState = SequenceState.WAITING
     slot: int = -1  # row of the device's last-token table while running

@@ -33,6 +33,7 @@ from lightvl.server.schema import (
     Usage,
 )
 from lightvl.server.service import Context, PromptBuilder, check_model
+from lightvl.server.structured import with_grammar
 
 _ROLES: dict[str, Role] = {
     "system": "system",
@@ -52,6 +53,7 @@ async def chat_completions(context: Context, request: web.Request) -> web.Stream
     started = time.monotonic()
     params = check(context, wire)
     service = context.service
+    params = await with_grammar(params, wire, service.prompts)
     prompt = await build_prompt(service.prompts, wire)
     params = fit(params, len(prompt), service.info.context_len, "messages")
     completion_id = "chatcmpl-" + uuid.uuid4().hex

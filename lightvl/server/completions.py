@@ -27,6 +27,7 @@ from lightvl.server.schema import (
     Usage,
 )
 from lightvl.server.service import Context, PromptBuilder, check_model
+from lightvl.server.structured import with_grammar
 
 DEFAULT_MAX_TOKENS = 16
 """OpenAI's."""
@@ -39,6 +40,7 @@ async def completions(context: Context, request: web.Request) -> web.StreamRespo
     started = time.monotonic()
     params = _check(context, wire)
     service = context.service
+    params = await with_grammar(params, wire, service.prompts)
     prompt = await _build(service.prompts, wire)
     params = fit(params, len(prompt), service.info.context_len, "prompt")
     with Run(context, "cmpl-" + uuid.uuid4().hex, prompt, params, started=started) as run:

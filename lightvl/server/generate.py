@@ -27,6 +27,7 @@ from lightvl.server.schema import (
     GenerateSampling,
 )
 from lightvl.server.service import Context, PromptBuilder
+from lightvl.server.structured import with_grammar
 
 DEFAULT_MAX_NEW_TOKENS = 128
 
@@ -37,6 +38,8 @@ async def generate(context: Context, request: web.Request) -> web.StreamResponse
     wire = await read_body(request, GenerateRequest)
     started = time.monotonic()
     params = _check(context, wire)
+    if wire.sampling_params is not None:
+        params = await with_grammar(params, wire.sampling_params, context.service.prompts, "sampling_params.")
     prompt = await _build(context.service.prompts, wire)
     field_name = "text" if wire.text is not None else "input_ids"
     params = fit(params, len(prompt), context.service.info.context_len, field_name)

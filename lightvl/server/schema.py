@@ -29,17 +29,36 @@ class SamplingFields(Struct, kw_only=True, forbid_unknown_fields=True):
     stop_token_ids: list[int] | None = None
     ignore_eos: bool | None = None
     skip_special_tokens: bool | None = None
+    regex: str | None = None
+    ebnf: str | None = None
     # known, not served
     no_stop_trim: Any = None
-    regex: Any = None
-    ebnf: Any = None
 
 
-UNSERVED_SAMPLING: dict[str, tuple[Any, ...]] = {
-    "no_stop_trim": (False,),
-    "regex": (),
-    "ebnf": (),
-}
+UNSERVED_SAMPLING: dict[str, tuple[Any, ...]] = {"no_stop_trim": (False,)}
+
+
+class TextFormat(Struct, tag_field="type", tag="text", forbid_unknown_fields=True):
+    """Any text."""
+
+
+class JSONObjectFormat(Struct, tag_field="type", tag="json_object", forbid_unknown_fields=True):
+    """Any JSON object."""
+
+
+class JSONSchema(Struct, kw_only=True, forbid_unknown_fields=True):
+    schema: dict[str, Any] | None = None  # None: any JSON object
+    # accepted: they only label it, and the schema is followed strictly in any case
+    name: str | None = None
+    description: str | None = None
+    strict: bool | None = None
+
+
+class JSONSchemaFormat(Struct, tag_field="type", tag="json_schema", forbid_unknown_fields=True):
+    json_schema: JSONSchema
+
+
+ResponseFormat = TextFormat | JSONObjectFormat | JSONSchemaFormat
 
 
 class ImageURL(Struct, forbid_unknown_fields=True):
@@ -94,6 +113,7 @@ class ChatRequest(SamplingFields, kw_only=True):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     continue_final_message: bool | None = None
+    response_format: ResponseFormat | None = None
     # accepted: they only label the request
     user: str | None = None
     metadata: dict[str, Any] | None = None
@@ -105,7 +125,6 @@ class ChatRequest(SamplingFields, kw_only=True):
     parallel_tool_calls: Any = None
     functions: Any = None
     function_call: Any = None
-    response_format: Any = None
     modalities: Any = None
     audio: Any = None
     prediction: Any = None
@@ -128,12 +147,12 @@ class CompletionRequest(SamplingFields, kw_only=True):
     logprobs: int | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
+    response_format: ResponseFormat | None = None
     user: str | None = None  # accepted: it only labels the request
     # known, not served
     suffix: Any = None
     echo: Any = None
     best_of: Any = None
-    response_format: Any = None
     lora_path: Any = None
 
 
@@ -156,7 +175,6 @@ UNSERVED_CHAT: dict[str, tuple[Any, ...]] = {
     "parallel_tool_calls": (True, False),
     "functions": ([],),
     "function_call": ("none", "auto"),
-    "response_format": ({"type": "text"},),
     "modalities": (["text"],),
     "audio": (),
     "prediction": (),
@@ -175,7 +193,6 @@ UNSERVED_COMPLETION: dict[str, tuple[Any, ...]] = {
     "suffix": ("",),
     "echo": (False,),
     "best_of": (1,),
-    "response_format": ({"type": "text"},),
     "lora_path": (),
 }
 
@@ -183,8 +200,8 @@ UNSERVED_COMPLETION: dict[str, tuple[Any, ...]] = {
 class GenerateSampling(SamplingFields, kw_only=True):
     max_new_tokens: int | None = None
     min_new_tokens: int | None = None
+    json_schema: str | None = None
     # known, not served
-    json_schema: Any = None
     structural_tag: Any = None
     spaces_between_special_tokens: Any = None
     custom_params: Any = None
@@ -192,7 +209,6 @@ class GenerateSampling(SamplingFields, kw_only=True):
 
 UNSERVED_GENERATE_SAMPLING: dict[str, tuple[Any, ...]] = {
     **UNSERVED_SAMPLING,
-    "json_schema": (),
     "structural_tag": (),
     "spaces_between_special_tokens": (True,),
     "custom_params": ({},),

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from typing import Protocol
 
 from lightvl.config import ModelInfo, ServerConfig
-from lightvl.core import EngineClient, ImagePart, Message, Prompt
+from lightvl.core import EngineClient, Grammar, GrammarKind, ImagePart, Message, Prompt
 from lightvl.errors import NotFound
 from lightvl.metrics import Metrics
 from lightvl.server.lifecycle import Lifecycle
@@ -43,6 +43,10 @@ class PromptBuilder(Protocol):
         ...
 
     async def build_ids(self, token_ids: Sequence[int], images: Sequence[ImagePart] = (), *, param: str) -> Prompt: ...
+
+    async def grammar(self, kind: GrammarKind, source: str, *, param: str) -> Grammar:
+        """`param`: the field that the source came in, for errors."""
+        ...
 
     def token_text(self, token_id: int) -> str:
         """For logprobs: the token by itself, a replacement character for half of a character."""

@@ -8,9 +8,10 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import openai
+import pydantic
 import pytest
 import requests
 from e2e_helpers import Running, chat, end, image_part, launch, text_part
@@ -78,6 +79,47 @@ def test_openai_client(name: str, request: pytest.FixtureRequest) -> None:
     assert text == whole.choices[0].message.content
     assert chunks[-1].usage is not None and chunks[-1].usage.prompt_tokens == whole.usage.prompt_tokens  # type: ignore[union-attr]
     assert [chunk.choices[0].finish_reason for chunk in chunks if chunk.choices][-1] == whole.choices[0].finish_reason
+
+
+class Shape(pydantic.BaseModel):
+    shape: Literal["circle", "square", "star"]
+    colour: Literal["red", "blue"]
+    count: Annotated[int, pydantic.Field(ge=0, le=9)]
+    note: Annotated[str, pydantic.Field(max_length=9)] | None
+
+
+@pytest.mark.parametrize("name", ["demo", "mllama"])
+def test_answers_in_the_clients_own_schema(name: str, request: pytest.FixtureRequest) -> None:
+    running: Running = request.getfixturevalue(name)
+    client = openai.OpenAI(base_url=f"{running.url}/v1", api_key="None")
+
+    def ask(seed: int) -> list[Shape | None]:
+        content: Any = [image_part(data_url(noise_image(120, 90, seed))), text_part("What is there?")]
+        whole = client.chat.completions.parse(
+            model=running.model,
+            messages=[{"role": "user", "content": content}],
+            response_format=Shape,
+            max_tokens=1000,  # a random model goes on with white space as long as it may
+            temperature=1,
+            seed=seed,
+            n=2,
+        )
+        assert [choice.finish_reason for choice in whole.choices] == ["stop", "stop"]
+        return [choice.message.parsed for choice in whole.choices]
+
+    hello = [text_part("Hello!")]
+    with ThreadPoolExecutor(8) as pool:
+        plain = pool.submit(chat, running, hello, temperature=0)
+        assert all(isinstance(parsed, Shape) for both in pool.map(ask, range(8)) for parsed in both)
+    assert plain.result() == {
+        **plain.result(),
+        "choices": chat(running, [text_part("Hello!")], temperature=0)["choices"],
+    }
+
+    with client.chat.completions.stream(
+        model=running.model, messages=[{"role": "user", "content": "A shape?"}], response_format=Shape, temperature=0
+    ) as stream:
+        assert isinstance(stream.get_final_completion().choices[0].message.parsed, Shape)
 
 
 def test_a_rendered_chat_goes_on_as_the_chat_itself(demo: Running) -> None:

@@ -6,6 +6,7 @@ import asyncio
 import random
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -51,6 +52,52 @@ async def test_many_requests_with_tiny_pools(max_steps_in_flight: int) -> None:
                 assert collected.finish.prompt_tokens == len(ids)
 
         await asyncio.gather(*(one(i) for i in range(60)))
+
+
+class Script:
+    """A grammar, and its matchers, that keeps what each one is told and breaks after so many tokens."""
+
+    def __init__(self, break_after: int) -> None:
+        self.break_after = break_after
+        self.told: list[list[int]] = []
+
+    def start(self) -> ScriptMatcher:
+        self.told.append([])
+        return ScriptMatcher(self.told[-1], self.break_after)
+
+
+@dataclass
+class ScriptMatcher:
+    told: list[int]
+    break_after: int
+
+    def allow(self, mask: Any) -> None:
+        raise AssertionError("the fake device does not ask")
+
+    def push(self, token_id: int) -> bool:
+        self.told.append(token_id)
+        return len(self.told) <= self.break_after
+
+
+@pytest.mark.parametrize("max_steps_in_flight", [1, 3])
+async def test_each_choice_tells_its_own_matcher_every_token_once(max_steps_in_flight: int) -> None:
+    ids = [3, 1, 4, 1, 5]
+    async with running(num_pages=12, max_steps_in_flight=max_steps_in_flight) as machine:  # too few: preemptions
+        grammar = Script(break_after=100)
+        others = [collect(machine.engine, make_prompt([i] * 9), SamplingParams(max_tokens=20)) for i in range(4)]
+        params = SamplingParams(max_tokens=12, n=3, grammar=grammar)
+        choices, *_ = await asyncio.gather(collect(machine.engine, make_prompt(ids), params), *others)
+        assert machine.scheduler.num_preempted
+    assert [choice.token_ids for choice in choices] == grammar.told == [tokens_of(ids, 12, n) for n in range(3)]
+
+
+async def test_a_grammar_that_went_beyond_its_limits_ends_its_request_alone() -> None:
+    async with running() as machine:
+        params = SamplingParams(max_tokens=12, grammar=Script(break_after=4))
+        other = asyncio.create_task(collect(machine.engine, make_prompt([1, 2]), SamplingParams(max_tokens=12)))
+        with pytest.raises(LightVLError, match="grammar"):
+            await collect(machine.engine, make_prompt([3, 1, 4]), params)
+        assert (await other)[0].token_ids == tokens_of([1, 2], 12)
 
 
 @pytest.mark.parametrize("max_steps_in_flight", [1, 2, 3])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -98,6 +99,54 @@ def test_tokens_are_penalised_for_being_generated_and_for_each_time():
         one = row(temperature=0.0, seen=seen, prompt_len=4, **penalties)
         assert tokens_of(logits, [one]) == [best], penalties
         assert tokens_of(logits.expand(2, -1), [one, row(temperature=0.0)]) == [best, 0]
+
+
+class Only:
+    """A grammar, and its matcher, that has these tokens next."""
+
+    def __init__(self, *token_ids: int) -> None:
+        self.token_ids = token_ids
+
+    def start(self) -> Only:
+        return self
+
+    def allow(self, mask: np.ndarray) -> None:
+        bits = np.zeros(32 * len(mask), dtype=np.uint8)
+        bits[list(self.token_ids)] = 1
+        mask[:] = np.packbits(bits, bitorder="little").view(np.int32)
+
+    def push(self, token_id: int) -> bool:
+        return token_id in self.token_ids
+
+
+def following(grammar: Only, **changes) -> SampleRow:
+    return replace(row(grammar=grammar, **changes), matcher=grammar)
+
+
+@pytest.mark.parametrize("num_tokens", [31, 32, 97])
+def test_a_row_follows_its_grammar_and_no_others(num_tokens):
+    logits = torch.randn(4, num_tokens)
+    logits[:, 0] = 50
+    last = num_tokens - 1
+    least = logits.argmin(-1).tolist()
+    rows = [
+        following(Only(least[0]), temperature=0.0),
+        row(temperature=0.0),
+        following(Only(7, last), temperature=0.0, top_logprobs=1),
+        following(Only(least[3]), temperature=1.5, top_p=0.1, logit_bias=((3, 100.0),)),
+    ]
+    out = sample(logits.clone(), rows)
+    best = 7 if logits[2, 7] > logits[2, last] else last
+    assert out.token_ids.tolist() == [least[0], 0, best, least[3]]
+    assert out.top_ids.tolist() == [[0]], "logprobs are the model's own"
+    assert not rows[0].params.needs_best_only and rows[0].params.needs_commits and not rows[1].params.needs_commits
+
+
+def test_draws_within_a_grammar_are_as_likely_as_the_model_has_them():
+    logits = torch.tensor([[5.0, 0.0, 1.0, 2.0]])
+    drawn = [tokens_of(logits, [following(Only(1, 3), seed=seed)])[0] for seed in range(2000)]
+    assert set(drawn) == {1, 3}
+    assert drawn.count(3) / len(drawn) == pytest.approx(math.exp(2) / (1 + math.exp(2)), abs=0.03)
 
 
 def test_a_bias_bans_a_token_or_makes_it_the_only_one():

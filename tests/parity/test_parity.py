@@ -5,10 +5,12 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from parity_helpers import (
@@ -251,6 +253,35 @@ async def test_an_answer_goes_on_to_its_least_number_of_tokens(oracle_of: GetOra
         best = allowed.topk(2)
         if best.values[0] - best.values[1] > 2e-3:
             assert token_id == best.indices[0], f"output {step} is another token"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+async def test_a_grammar_leaves_the_best_of_what_it_has_next(oracle_of: GetOracle, family: str) -> None:
+    oracle = oracle_of(family)
+    turns = question(0, 1)
+    answers = []
+    async with serving(oracle) as service:
+        grammar = await service.prompts.grammar("regex", "[a-f]{3} ([0-9]{2}|red)!", param="regex")
+        plain = asyncio.create_task(ask(service, turns, max_tokens=20))
+        for max_steps in (1, 2):
+            scheduler = service.engine._scheduler
+            scheduler.limits = replace(scheduler.limits, max_steps_in_flight=max_steps)
+            stops = service.prompts.stop_token_ids
+            answers += await ask(service, turns, max_tokens=40, grammar=grammar, stop_token_ids=stops)
+        assert_same(oracle, turns, (await plain)[0])
+    assert answers[0].token_ids == answers[1].token_ids
+    assert re.fullmatch("[a-f]{3} ([0-9]{2}|red)!", answers[0].text)
+    prompt_ids, _ = oracle.prepare(turns)
+    matcher = grammar.start()
+    for step, token_id in enumerate(answers[0].token_ids):
+        logits = _raw_logits(oracle, prompt_ids + answers[0].token_ids[:step])
+        mask = np.empty(-(-len(logits) // 32), dtype=np.int32)
+        matcher.allow(mask)
+        is_allowed = np.unpackbits(mask.view(np.uint8), bitorder="little")[: len(logits)] == 1
+        best = logits.masked_fill(~torch.from_numpy(is_allowed), -torch.inf).topk(2)
+        if best.values[0] - best.values[1] > 2e-3:
+            assert token_id == best.indices[0], f"output {step} is another token"
+        assert matcher.push(token_id)
 
 
 @torch.no_grad()

@@ -54,8 +54,8 @@ def test_sixteen_same_prefixes_are_computed_once(chunk_tokens: int, steps: int) 
     assert engine.num_prefill_tokens == 40 + 16 * 5
 
 
-@pytest.mark.parametrize("name", ["repetition_penalty", "frequency_penalty", "presence_penalty"])
-def test_only_a_sequence_with_penalties_waits_for_its_last_token(name: str) -> None:
+@pytest.mark.parametrize("name", ["repetition_penalty", "frequency_penalty", "presence_penalty", "grammar"])
+def test_only_a_sequence_with_penalties_or_a_grammar_waits_for_its_last_token(name: str) -> None:
     engine = FakeEngine(Config(num_pages=100, chunk_tokens=64, max_steps_in_flight=2))
     plain = submit(engine, text((0, 5)), LONG)
     penalised = submit(engine, text((100, 5)), replace(LONG, **{name: 0.5}))

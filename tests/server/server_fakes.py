@@ -5,15 +5,38 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 
 from lightvl.config import ModelInfo
-from lightvl.core import Delta, Finish, ImagePart, Message, Prompt, PromptImage, SamplingParams, TextPart, TokenLogprob
-from lightvl.errors import LightVLError, Overloaded
+from lightvl.core import (
+    Delta,
+    Finish,
+    Grammar,
+    GrammarKind,
+    ImagePart,
+    Matcher,
+    Message,
+    Prompt,
+    PromptImage,
+    SamplingParams,
+    TextPart,
+    TokenLogprob,
+)
+from lightvl.errors import BadRequest, LightVLError, Overloaded
 
 IMAGE_TOKENS = 4
 CONTEXT_LEN = 2000
+
+
+@dataclass(frozen=True)
+class FakeGrammar:
+    kind: GrammarKind
+    source: str
+
+    def start(self) -> Matcher:
+        raise NotImplementedError
 
 
 class FakePrompts:
@@ -61,6 +84,11 @@ class FakePrompts:
         pictures = tuple(PromptImage(i, 0, IMAGE_TOKENS, IMAGE_TOKENS, None) for i in range(len(images)))
         ids = [0] * (IMAGE_TOKENS * len(images)) + ids
         return Prompt(np.array(ids, np.int64), ids, pictures, num_image_tokens=IMAGE_TOKENS * len(images))
+
+    async def grammar(self, kind: GrammarKind, source: str, *, param: str) -> Grammar:
+        if "bad" in source:
+            raise BadRequest(f"Invalid value for '{param}'", param=param)
+        return FakeGrammar(kind, source)
 
     def text_of(self, prompt: Prompt) -> str:
         return "".join(map(chr, prompt.token_ids.tolist()))

@@ -6,6 +6,7 @@ import json
 from typing import Any
 
 import pytest
+from server_fakes import FakeGrammar
 from server_helpers import Running, Start, chat_body
 
 from lightvl.core import Delta, Finish, ImagePart, Message, TextPart, TokenLogprob
@@ -160,6 +161,32 @@ async def test_params_reach_the_engine(server: Running) -> None:
     assert params.logit_bias == ((0, -100), (999, 2.5))
     assert params.stop == ("a", "b", "<end>") and params.stop_token_ids == {7, 11}
     assert params.keep_special_tokens and params.max_tokens == params.min_tokens == 9
+
+
+@pytest.mark.parametrize(
+    "fields, grammar",
+    [
+        ({"response_format": {"type": "json_object"}}, ("json_schema", '{"type":"object"}')),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "strict": True}}},
+            ("json_schema", '{"type":"object"}'),
+        ),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"schema": {"enum": ["ä", 1.5, None]}}}},
+            ("json_schema", '{"enum":["ä",1.5,null]}'),
+        ),
+        ({"regex": "[a-z]+"}, ("regex", "[a-z]+")),
+        ({"ebnf": 'root ::= "a"'}, ("ebnf", 'root ::= "a"')),
+    ],
+)
+async def test_grammars_reach_the_engine(server: Running, fields: dict[str, Any], grammar: tuple[Any, str]) -> None:
+    assert (await server.chat(**fields))[0] == 200
+    assert (await server.post("/v1/completions", {"prompt": "x", **fields}))[0] == 200
+    name, value = next(iter(fields.items()))
+    if name == "response_format":
+        name, value = "json_schema", grammar[1]
+    assert (await server.post("/generate", {"text": "x", "sampling_params": {name: value}}))[0] == 200
+    assert [params.grammar for params in server.service.engine.params] == [FakeGrammar(*grammar)] * 3
 
 
 async def test_defaults(start: Start) -> None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Any
+
 import numpy as np
 import torch
 
@@ -33,6 +36,7 @@ DRAWN = {
     "min_p": {"min_p": 0.05},
     "all filters": {"top_k": 50, "top_p": 0.9, "min_p": 0.01, "presence_penalty": 1.0, "min_tokens": 1000},
 }
+ALLOWED = range(30, 60)  # by the grammar of some
 LEAST_SAME = 0.95  # of draws: logarithms round differently, and so does the token at which a filter cuts
 
 
@@ -43,6 +47,23 @@ def run(context: Context) -> None:
                 max_tokens=2000, temperature=temperature, stop_token_ids=STOPS, top_logprobs=5, **changes
             )
             context.check(name, lambda row, params=params, least=least: _same(context, params, least, row))
+    params = SamplingParams(max_tokens=2000, temperature=0.0, stop_token_ids=STOPS, top_logprobs=5, grammar=_Grammar())
+    context.check("grammar", lambda row: _same(context, params, 1.0, row))
+
+
+class _Grammar:
+    """As `core.Grammar` and `core.Matcher`: some tokens are always next."""
+
+    def start(self) -> _Grammar:
+        return self
+
+    def allow(self, mask: np.ndarray[Any, np.dtype[np.int32]]) -> None:
+        bits = np.zeros(32 * len(mask), dtype=np.uint8)
+        bits[ALLOWED] = 1
+        mask[:] = np.packbits(bits, bitorder="little").view(np.int32)
+
+    def push(self, token_id: int) -> bool:
+        return token_id in ALLOWED
 
 
 def _same(context: Context, params: SamplingParams, least: float, row: Row) -> None:
@@ -54,6 +75,8 @@ def _same(context: Context, params: SamplingParams, least: float, row: Row) -> N
     logits = torch.from_numpy(rng.standard_normal((num_rows, vocab_size), dtype=np.float32) * 2)
     logits[:, :100] += 8
     rows = [SampleRow(params, 0, seen.shape[1], tokens, PROMPT_LEN) for tokens in seen]
+    if params.grammar is not None:  # of every other row
+        rows[::2] = [replace(row, matcher=params.grammar.start()) for row in rows[::2]]
     with torch.inference_mode():
         here, there = (to_host(sample(logits.clone().to(device), rows), rows) for device in (context.device, "cpu"))
     same = [pair for pair in zip(here, there, strict=True) if pair[0][0] == pair[1][0]]
