@@ -14,7 +14,7 @@ from lightvl.core import Finish, Prompt, SamplingParams, TokenLogprob
 from lightvl.engine.device import Device, DeviceLost, StepResult
 from lightvl.engine.generation import ActiveChoice, EngineGeneration
 from lightvl.engine.watchdog import Watchdog
-from lightvl.errors import LightVLError, Overloaded
+from lightvl.errors import BadRequest, LightVLError, Overloaded
 from lightvl.metrics import Metrics
 from lightvl.prompt.detokenizer import Detokenizer
 from lightvl.scheduling.plan import StepOutcome, StepPlan
@@ -171,7 +171,7 @@ class Engine:
     def _commit(self, choice: ActiveChoice, token_id: int, logprob: TokenLogprob | None) -> None:
         sequence, params = choice.sequence, choice.sequence.params
         if sequence.matcher is not None and not sequence.matcher.push(token_id):
-            self._fail(sequence, LightVLError("The grammar of this request took too much to follow."))
+            self._fail(sequence, BadRequest("The grammar of this request is too complex to follow."))
             return
         self._scheduler.commit_token(sequence, token_id)
         if token_id in params.stop_token_ids:

@@ -48,8 +48,10 @@ class Grammars:
         if not self._stop_token_ids or self._has_no_table:
             raise ValueError("this model's tokenizer does not tell what each token spells, or which ends an answer")
         matcher = LLMatcher(self._tokenizer(), _to_llguidance(kind, source), log_level=0)
-        if matcher.is_error():
-            raise ValueError(matcher.get_error())
+        probe = matcher.deep_copy()
+        probe.compute_bitmask()  # here and not in a step: the first mask of a costly grammar takes most of a second
+        if probe.is_error():
+            raise ValueError(probe.get_error())
         return CompiledGrammar(matcher, self._stop_token_ids)
 
 

@@ -95,7 +95,7 @@ async def test_a_grammar_that_went_beyond_its_limits_ends_its_request_alone() ->
     async with running() as machine:
         params = SamplingParams(max_tokens=12, grammar=Script(break_after=4))
         other = asyncio.create_task(collect(machine.engine, make_prompt([1, 2]), SamplingParams(max_tokens=12)))
-        with pytest.raises(LightVLError, match="grammar"):
+        with pytest.raises(BadRequest, match="grammar"):
             await collect(machine.engine, make_prompt([3, 1, 4]), params)
         assert (await other)[0].token_ids == tokens_of([1, 2], 12)
 

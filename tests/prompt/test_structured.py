@@ -13,6 +13,7 @@ from test_tokenizer import pair
 
 from lightvl.core import GrammarKind
 from lightvl.errors import BadRequest
+from lightvl.prompt import structured
 from lightvl.prompt.detokenizer import Detokenizer
 from lightvl.prompt.structured import Grammars
 from lightvl.prompt.template import ClientText as Text
@@ -118,6 +119,31 @@ def test_what_does_not_compile_is_told(kind: GrammarKind, source: str, word: str
     with pytest.raises(BadRequest, match=word) as caught:
         grammars.compile(kind, source, param="regex")
     assert caught.value.param == "regex" and len(str(caught.value)) < 500
+
+
+def test_what_breaks_at_its_first_mask_is_told_before_any_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Costly:
+        error = ""
+        grammar_from_regex = structured.LLMatcher.grammar_from_regex
+
+        def __init__(self, *args: object, **kwargs: object) -> None: ...
+
+        def deep_copy(self) -> Costly:
+            return Costly()
+
+        def compute_bitmask(self) -> bytes:
+            self.error = "too many expressions"
+            return b""
+
+        def is_error(self) -> bool:
+            return bool(self.error)
+
+        def get_error(self) -> str:
+            return self.error
+
+    monkeypatch.setattr(structured, "LLMatcher", Costly)
+    with pytest.raises(BadRequest, match="too many expressions"):
+        made(pair("qwen")[1], stops_of("qwen"))[0].compile("regex", "a", param="regex")
 
 
 def test_a_tokenizer_without_a_table_and_a_model_without_an_end_take_none() -> None:
