@@ -1,6 +1,6 @@
 """HTTP only: bytes from clients in, bytes to clients out. No torch, no model; the engine is seen as submit and abort.
 
-body (bytes -> schema structs) -> params (wire -> SamplingParams) -> service.prompts (messages -> Prompt)
+body (bytes -> schema structs) -> params, structured (wire -> SamplingParams) -> service.prompts (messages -> Prompt)
 -> service.engine.submit (Prompt -> Generation) -> chat | completions | generate (deltas -> replies)
 -> sse (the only framer)
 middleware turns every exception into OpenAI's error body; app wires routes, start, drain and signals;
