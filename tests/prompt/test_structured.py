@@ -87,6 +87,17 @@ def test_whatever_is_drawn_matches_the_regex_and_the_gbnf(kind: str) -> None:
         assert re.fullmatch(r"It is (not )*red\.", answer)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_text_that_is_sure_has_the_tokens_that_it_has_within_another(kind: str) -> None:
+    tokenizer = pair(kind)[1]
+    tokens = structured._Tokens(tokenizer, len(tokenizer), 0)
+    text = " zebra 93, vortex"
+    ids = tokens(text.encode())
+    assert tokenizer.encode([Text("Xq" + text)])[-len(ids) :] == ids
+    for spelled in (b"{", "ön 日本語".encode(), b"\n {", b"\xff{", b" brown\xc3"):
+        assert b"".join(map(tokenizer.token_bytes, tokens(spelled))) == spelled
+
+
 def test_white_space_of_json_ends() -> None:
     tokenizer = pair("qwen")[1]
     grammars, vocab_size, _ = made(tokenizer, stops_of("qwen"))
