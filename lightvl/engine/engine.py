@@ -94,11 +94,7 @@ class Engine:
             raise Overloaded("The engine has failed; see the server's log.")
         self._scheduler.check_fits(prompt, params)
         generation = EngineGeneration(self._abort)
-        grammar = params.grammar
-        sequences = [
-            Sequence(next(self._seq_ids), prompt, params, choice, None if grammar is None else grammar.start())
-            for choice in range(params.n)
-        ]
+        sequences = [Sequence(next(self._seq_ids), prompt, params, choice) for choice in range(params.n)]
         for sequence in sequences:
             self._choices[sequence] = generation.add(sequence, self._make_detokenizer(params))
         self._scheduler.add(sequences)

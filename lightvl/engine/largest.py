@@ -4,6 +4,7 @@ large as a job can be, and a prefill of as many tokens and sampled rows as a ste
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,7 +17,22 @@ from lightvl.scheduling.sequence import Sequence
 
 PROBE_SIZES = ((16384, 16384), (16384, 8192), (8192, 16384), (16384, 1024), (1024, 16384))
 SMALL_SIZES = ((512, 512),)
-COSTLIEST = SamplingParams(max_tokens=1, top_p=0.9, repetition_penalty=1.1, top_logprobs=20)
+
+
+class AnyText:
+    """A grammar, and its matcher, that every token may follow."""
+
+    def start(self) -> AnyText:
+        return self
+
+    def allow(self, mask: np.ndarray[Any, np.dtype[np.int32]]) -> None:
+        mask.fill(-1)
+
+    def push(self, token_id: int) -> bool:
+        return True
+
+
+COSTLIEST = SamplingParams(max_tokens=1, top_p=0.9, repetition_penalty=1.1, grammar=AnyText(), top_logprobs=20)
 
 
 def probe_layouts(family: Family, sizes: tuple[tuple[int, int], ...] = PROBE_SIZES) -> list[ImageLayout]:

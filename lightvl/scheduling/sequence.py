@@ -24,7 +24,6 @@ class Sequence:
     prompt: Prompt
     params: SamplingParams
     choice: int = 0
-    matcher: Matcher | None = None  # of `params.grammar`; has been told `output_ids`
     output_ids: list[int] = field(default_factory=list)  # committed tokens, append-only
     state: SequenceState = SequenceState.WAITING
     slot: int = -1  # row of the device's last-token table while running
@@ -35,6 +34,11 @@ class Sequence:
     num_cached: int = 0  # prompt tokens found in the radix cache when first admitted, for usage
     arrival: int = -1  # order among all sequences, set by the scheduler
     was_admitted: bool = False
+    matcher: Matcher | None = field(init=False)  # of `params.grammar`; has been told `output_ids`
+
+    def __post_init__(self) -> None:
+        grammar = self.params.grammar
+        self.matcher = None if grammar is None else grammar.start()
 
     @property
     def num_tokens(self) -> int:

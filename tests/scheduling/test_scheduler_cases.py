@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from unittest.mock import Mock
 
 import pytest
 from scheduling_helpers import Config, FakeEngine, make_prompt
@@ -58,7 +59,7 @@ def test_sixteen_same_prefixes_are_computed_once(chunk_tokens: int, steps: int) 
 def test_only_a_sequence_with_penalties_or_a_grammar_waits_for_its_last_token(name: str) -> None:
     engine = FakeEngine(Config(num_pages=100, chunk_tokens=64, max_steps_in_flight=2))
     plain = submit(engine, text((0, 5)), LONG)
-    penalised = submit(engine, text((100, 5)), replace(LONG, **{name: 0.5}))
+    penalised = submit(engine, text((100, 5)), replace(LONG, **{name: Mock() if name == "grammar" else 0.5}))
     step(engine)
     engine.launch()
     ahead = engine.launch()
