@@ -107,7 +107,8 @@ class _Tokens:
 
     def __call__(self, text: bytes) -> list[int]:
         ids = self._tokenizer.encode([ClientText(self._before + text.decode("utf-8", "replace"))])[self._num_before :]
-        return ids if b"".join(self.tokens[token_id] for token_id in ids) == text else self._by_length(text)
+        has_logits = max(ids, default=0) < len(self.tokens)
+        return ids if has_logits and b"".join(map(self.tokens.__getitem__, ids)) == text else self._by_length(text)
 
     def _by_length(self, text: bytes) -> list[int]:
         """The longest token first."""
