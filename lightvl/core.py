@@ -111,9 +111,7 @@ class SamplingParams:
     top_logprobs: int | None = None  # None: no logprobs; 0 to 20 alternatives beside the chosen token
     keep_special_tokens: bool = False  # SGLang's skip_special_tokens=false
     # What follows from the others, told once: each step asks it of each row.
-    needs_history: bool = field(
-        init=False, repr=False, compare=False
-    )  # choosing a token takes the ids of all before it
+    needs_history: bool = field(init=False, repr=False, compare=False)  # choosing a token takes all ids before it
     needs_commits: bool = field(init=False, repr=False, compare=False)  # and waits until the host knows the last one
     changes_logits: bool = field(init=False, repr=False, compare=False)
     needs_best_only: bool = field(init=False, repr=False, compare=False)  # the model's greatest logit is all it takes

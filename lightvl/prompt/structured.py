@@ -3,7 +3,7 @@ of this model. Called in threads by build.py; what comes out is asked for masks 
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from functools import lru_cache
 from typing import Any
 
@@ -100,6 +100,7 @@ class _Tokens:
         self.tokens = [*spelled, *([b""] * (vocab_size - len(spelled)))]
         self.special_token_ids = [token_id for token_id in vocabulary.special_ids if token_id < vocab_size]
         self.eos_token_id = stop_token_id
+        self._plain = vocabulary.plain_bytes[:vocab_size]
         self._tokenizer = tokenizer
         # SentencePiece writes a space before the first character of a text, which here goes on from another
         self._before = "\x02" if vocabulary.kind == "sentencepiece" else ""
@@ -114,14 +115,10 @@ class _Tokens:
         """The longest token first."""
         ids: list[int] = []
         while text:
-            token_id = max(self._starting(text), key=lambda token_id: len(self.tokens[token_id]))
-            ids.append(token_id)
-            text = text[len(self.tokens[token_id]) :]
+            fitting = (token_id for token_id, spelled in enumerate(self._plain) if spelled and text.startswith(spelled))
+            ids.append(max(fitting, key=lambda token_id: len(self._plain[token_id])))
+            text = text[len(self._plain[ids[-1]]) :]
         return ids
-
-    def _starting(self, text: bytes) -> Iterator[int]:
-        special = frozenset(self.special_token_ids)
-        return (i for i, token in enumerate(self.tokens) if token and text.startswith(token) and i not in special)
 
 
 def _to_llguidance(kind: GrammarKind, source: str) -> str:

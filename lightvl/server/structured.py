@@ -8,7 +8,14 @@ import msgspec
 
 from lightvl.core import GrammarKind, SamplingParams
 from lightvl.errors import BadRequest
-from lightvl.server.schema import ChatRequest, CompletionRequest, GenerateSampling, JSONObjectFormat, JSONSchemaFormat
+from lightvl.server.schema import (
+    ChatRequest,
+    CompletionRequest,
+    GenerateSampling,
+    JSONObjectFormat,
+    JSONSchema,
+    JSONSchemaFormat,
+)
 from lightvl.server.service import PromptBuilder
 
 ANY_OBJECT = '{"type":"object"}'
@@ -22,7 +29,7 @@ async def with_grammar(
 ) -> SamplingParams:
     """`params` with the grammar that the request asks for, if any. `prefix` stands before field names in errors. Raises
     BadRequest for one that does not compile, for two at once, and for what cannot be kept together with one."""
-    wanted = {name: value for name, value in _sources(fields).items() if value is not None}
+    wanted = _sources(fields)
     if not wanted:
         return params
     first, *others = wanted
@@ -32,7 +39,8 @@ async def with_grammar(
             param=prefix + others[0],
         )
     if fields.ignore_eos or params.min_tokens:
-        name = "ignore_eos" if fields.ignore_eos else "min_new_tokens" if prefix else "min_tokens"
+        least = "min_new_tokens" if isinstance(fields, GenerateSampling) else "min_tokens"
+        name = "ignore_eos" if fields.ignore_eos else least
         raise BadRequest(
             f"'{prefix}{name}' is not possible with '{prefix}{first}', which says where the answer ends.",
             param=prefix + name,
@@ -42,20 +50,20 @@ async def with_grammar(
     return replace(params, grammar=await prompts.grammar(kind, source, param=where))
 
 
-def _sources(fields: ChatRequest | CompletionRequest | GenerateSampling) -> dict[str, tuple[GrammarKind, str] | None]:
-    """By the fields' names."""
-    sources: dict[str, tuple[GrammarKind, str] | None] = {
-        "regex": None if fields.regex is None else ("regex", fields.regex),
-        "ebnf": None if fields.ebnf is None else ("ebnf", fields.ebnf),
-    }
+def _sources(fields: ChatRequest | CompletionRequest | GenerateSampling) -> dict[str, tuple[GrammarKind, str]]:
+    """Of the grammars that are asked for, by the fields' names."""
+    sources: dict[str, tuple[GrammarKind, str]] = {}
+    if fields.regex is not None:
+        sources["regex"] = ("regex", fields.regex)
+    if fields.ebnf is not None:
+        sources["ebnf"] = ("ebnf", fields.ebnf)
     if isinstance(fields, GenerateSampling):
-        sources["json_schema"] = None if fields.json_schema is None else ("json_schema", fields.json_schema)
+        if fields.json_schema is not None:
+            sources["json_schema"] = ("json_schema", fields.json_schema)
         return sources
     match fields.response_format:
-        case JSONObjectFormat():
+        case JSONObjectFormat() | JSONSchemaFormat(JSONSchema(schema=None)):
             sources["response_format"] = ("json_schema", ANY_OBJECT)
-        case JSONSchemaFormat(json_schema):
-            schema = json_schema.schema
-            text = ANY_OBJECT if schema is None else msgspec.json.encode(schema).decode()
-            sources["response_format"] = ("json_schema", text)
+        case JSONSchemaFormat(JSONSchema(schema=schema)):
+            sources["response_format"] = ("json_schema", msgspec.json.encode(schema).decode())
     return sources

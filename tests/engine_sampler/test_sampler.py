@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+from grammar_helpers import Only
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import (
@@ -99,24 +100,6 @@ def test_tokens_are_penalised_for_being_generated_and_for_each_time():
         one = row(temperature=0.0, seen=seen, prompt_len=4, **penalties)
         assert tokens_of(logits, [one]) == [best], penalties
         assert tokens_of(logits.expand(2, -1), [one, row(temperature=0.0)]) == [best, 0]
-
-
-class Only:
-    """A grammar, and its matcher, that has these tokens next."""
-
-    def __init__(self, *token_ids: int) -> None:
-        self.token_ids = token_ids
-
-    def start(self) -> Only:
-        return self
-
-    def allow(self, mask: np.ndarray) -> None:
-        bits = np.zeros(32 * len(mask), dtype=np.uint8)
-        bits[list(self.token_ids)] = 1
-        mask[:] = np.packbits(bits, bitorder="little").view(np.int32)
-
-    def push(self, token_id: int) -> bool:
-        return token_id in self.token_ids
 
 
 def following(grammar: Only, **changes) -> SampleRow:

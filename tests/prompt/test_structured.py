@@ -96,10 +96,8 @@ def test_a_text_that_is_sure_has_the_tokens_that_it_has_within_another(kind: str
     assert tokenizer.encode([Text("Xq" + text)])[-len(ids) :] == ids
     for spelled in (b"{", "ön 日本語".encode(), b"\n {", b"\xff{", b" brown\xc3"):
         assert b"".join(map(tokenizer.token_bytes, tokens(spelled))) == spelled
-    few = structured._Tokens(tokenizer, max(ids), 0)  # the rest has no logits
-    assert b"".join(map(tokenizer.token_bytes, few(text.encode()))) == text.encode() and max(few(text.encode())) < max(
-        ids
-    )
+    others = structured._Tokens(tokenizer, max(ids), 0)(text.encode())  # the largest id has no logit
+    assert b"".join(map(tokenizer.token_bytes, others)) == text.encode() and max(others) < max(ids)
 
 
 def test_white_space_of_json_ends() -> None:

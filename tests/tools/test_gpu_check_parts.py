@@ -53,7 +53,7 @@ def test_sampling_dry_notices_settings_that_are_lost(monkeypatch: pytest.MonkeyP
     change = sampler._change
     monkeypatch.setattr(sampler, "_change", lambda *args: change(*args) if next(calls) % 2 else None)
     lost = {row.check for row in dry("sampling") if row.verdict == "fail"}
-    assert lost == {*sampling.GREEDY} - {"greedy"} | {"all filters", "grammar"}
+    assert lost == {*sampling.GREEDY} - {"greedy"} | {"all filters"}
 
 
 def test_attention_dry() -> None:

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any
 
 import numpy as np
 import torch
+from grammar_helpers import Only
 
 from gpu.rows import Context, Row
 from lightvl.core import SamplingParams
@@ -28,6 +28,7 @@ GREEDY = {
         "logit_bias": ((7, 2.0),),
         "min_tokens": 1000,
     },
+    "grammar": {"grammar": Only(*range(30, 60))},
 }
 DRAWN = {
     "drawn": {},
@@ -36,7 +37,6 @@ DRAWN = {
     "min_p": {"min_p": 0.05},
     "all filters": {"top_k": 50, "top_p": 0.9, "min_p": 0.01, "presence_penalty": 1.0, "min_tokens": 1000},
 }
-ALLOWED = range(30, 60)  # by the grammar of some
 LEAST_SAME = 0.95  # of draws: logarithms round differently, and so does the token at which a filter cuts
 
 
@@ -47,23 +47,6 @@ def run(context: Context) -> None:
                 max_tokens=2000, temperature=temperature, stop_token_ids=STOPS, top_logprobs=5, **changes
             )
             context.check(name, lambda row, params=params, least=least: _same(context, params, least, row))
-    params = SamplingParams(max_tokens=2000, temperature=0.0, stop_token_ids=STOPS, top_logprobs=5, grammar=_Grammar())
-    context.check("grammar", lambda row: _same(context, params, 1.0, row))
-
-
-class _Grammar:
-    """As `core.Grammar` and `core.Matcher`: some tokens are always next."""
-
-    def start(self) -> _Grammar:
-        return self
-
-    def allow(self, mask: np.ndarray[Any, np.dtype[np.int32]]) -> None:
-        bits = np.zeros(32 * len(mask), dtype=np.uint8)
-        bits[ALLOWED] = 1
-        mask[:] = np.packbits(bits, bitorder="little").view(np.int32)
-
-    def push(self, token_id: int) -> bool:
-        return token_id in ALLOWED
 
 
 def _same(context: Context, params: SamplingParams, least: float, row: Row) -> None:
